@@ -1,0 +1,56 @@
+//! Decoders. One trait between the engine and every model.
+
+use crate::Result;
+use crate::kv_cache::{KvCache, KvLayout};
+use crate::step::StepBatch;
+
+/// A model's sizes, as the engine and admission need them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelDims {
+    /// Architecture name, as in `general.architecture` (`llama`, `qwen3`, `gemma3`, …).
+    pub architecture: String,
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// KV heads.
+    pub num_kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Logits per row.
+    pub vocab_size: usize,
+    /// The longest sequence that the checkpoint was made for, in tokens.
+    pub max_context: usize,
+    /// Bytes of weights held in memory.
+    pub weight_bytes: usize,
+}
+
+impl ModelDims {
+    /// Page geometry for pages of `block_size` slots.
+    pub fn kv_layout(&self, block_size: usize) -> KvLayout {
+        KvLayout { num_kv_heads: self.num_kv_heads, head_dim: self.head_dim, block_size }
+    }
+}
+
+/// A causal language model that runs ragged steps over paged KV.
+pub trait CausalLm: Send {
+    /// The model's sizes.
+    fn dims(&self) -> &ModelDims;
+
+    /// Runs the decoder over every row of `batch`, writing their K and V into `kv`, and keeps the final
+    /// hidden states of the rows that want logits for [`CausalLm::logits`].
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Step`] when the batch is malformed (empty row, token outside the vocabulary,
+    /// table too short); nothing is written then.
+    fn forward(&mut self, batch: &mut StepBatch<'_>, kv: &mut KvCache) -> Result<()>;
+
+    /// Logits `[rows.len(), vocab_size]`, f32, of the last step's logit rows in `rows` (see
+    /// [`StepBatch::num_logit_rows`]). Ask in small ranges: the result is the model's scratch memory.
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Step`] when `rows` is outside the last step.
+    fn logits(&mut self, rows: std::ops::Range<usize>) -> Result<&[f32]>;
+}

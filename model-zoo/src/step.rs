@@ -1,0 +1,66 @@
+//! What the engine hands a model for one step: a ragged batch of prefill chunks and decode rows.
+
+use crate::compression::{Plan, RowState};
+use crate::kv_cache::PageId;
+
+/// Which positions of a row's chunk need logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitRows {
+    /// A prefill chunk that is not the prompt's last.
+    None,
+    /// The chunk's last token: the usual case.
+    Last,
+    /// Every token of the chunk, for prompt log-probabilities.
+    All,
+}
+
+/// One sequence's part in a step.
+#[derive(Debug)]
+pub struct StepRow<'a> {
+    /// Token ids to run, at least one.
+    pub tokens: &'a [u32],
+    /// RoPE position of `tokens[0]`. Never derived from a KV length.
+    pub first_pos: usize,
+    /// For each layer, how many KV slots the sequence holds before this step.
+    pub kv_len: &'a [usize],
+    /// For each layer, the pages of the sequence in order: slot `s` lives in page
+    /// `block_tables[layer][s / block_size]` at offset `s % block_size`. They cover the slots that this
+    /// step writes.
+    pub block_tables: &'a [Vec<PageId>],
+    /// Which of `tokens` need logits.
+    pub logits: LogitRows,
+    /// What of the model this row runs.
+    pub plan: &'a Plan,
+    /// What the plan has decided so far.
+    pub state: &'a mut RowState,
+}
+
+/// A step: rows in the order in which their logits come back.
+#[derive(Debug, Default)]
+pub struct StepBatch<'a> {
+    /// The rows; at least one.
+    pub rows: Vec<StepRow<'a>>,
+}
+
+impl StepRow<'_> {
+    /// Number of logit rows that this row asks for.
+    pub fn num_logit_rows(&self) -> usize {
+        match self.logits {
+            LogitRows::None => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => self.tokens.len(),
+        }
+    }
+}
+
+impl StepBatch<'_> {
+    /// Tokens in the step, over all rows.
+    pub fn num_tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.tokens.len()).sum()
+    }
+
+    /// Logit rows that the step asks for, over all rows, in row order.
+    pub fn num_logit_rows(&self) -> usize {
+        self.rows.iter().map(StepRow::num_logit_rows).sum()
+    }
+}

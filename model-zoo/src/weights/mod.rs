@@ -1,0 +1,31 @@
+//! Weight files: named tensors as the bytes that the file holds, before any repacking.
+
+use std::borrow::Cow;
+
+use candle_core::quantized::GgmlDType;
+
+use crate::Result;
+
+/// A tensor as stored: element type, shape, little-endian bytes.
+#[derive(Debug, Clone)]
+pub struct RawTensor<'a> {
+    /// Element or block type. safetensors' types are the unquantized ones of these.
+    pub dtype: GgmlDType,
+    /// Dimensions, outermost first: a linear weight is `[out_features, in_features]`, rows contiguous.
+    pub shape: Vec<usize>,
+    /// The bytes, borrowed from the mapped file where possible.
+    pub data: Cow<'a, [u8]>,
+}
+
+/// A checkpoint that tensors are read from by Hugging Face name (`model.layers.0.self_attn.q_proj.weight`,
+/// `model.embed_tokens.weight`, `model.norm.weight`, `lm_head.weight`, …). GGUF names are translated.
+pub trait WeightSource {
+    /// Whether the checkpoint has this tensor.
+    fn contains(&self, name: &str) -> bool;
+
+    /// The tensor.
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Format`] when it is missing or its bytes lie outside the file.
+    fn tensor(&self, name: &str) -> Result<RawTensor<'_>>;
+}

@@ -1,0 +1,13 @@
+//! The Rheostat server. A request passes through the rooms in this order:
+//!
+//! `http` | `grpc` convert it → [`service`] and `admission` validate, tokenize, compile its plan and take
+//! a permit → [`engine`] runs it on one OS thread (schedule → batch → forward → sample → commit) with the
+//! pure [`scheduler`] → its [`request::TokenEvent`]s come back through a bounded channel.
+//!
+//! Dropping a [`engine::TokenStream`] is the only way to cancel.
+
+pub mod engine;
+pub mod error;
+pub mod request;
+pub mod scheduler;
+pub mod service;

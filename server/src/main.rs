@@ -1,0 +1,2 @@
+//! The `rheostat` binary.
+fn main() {}

@@ -1,0 +1,219 @@
+//! The vocabulary that every room shares: what a request asks for and what comes back. Plain data.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use model_zoo::compression::Plan;
+
+/// A request as the front ends hand it to [`crate::admission`]: converted from the wire, not validated.
+#[derive(Debug, Clone, Default)]
+pub struct RawRequest {
+    /// The client's `x-request-id`, or empty for a fresh one.
+    pub id: String,
+    /// The model asked for; empty means the served one.
+    pub model: String,
+    /// What to complete.
+    pub prompt: Prompt,
+    /// Sampling as the client wrote it.
+    pub sampling: SamplingParams,
+    /// The token limit as the client wrote it; `None` means up to the context's end (chat) or 16 (text).
+    pub max_tokens: Option<i64>,
+    /// Completions asked for.
+    pub n: i64,
+    /// Return the prompt before the completion (text completions only).
+    pub echo: bool,
+    /// Return log-probabilities of the prompt's tokens.
+    pub prompt_logprobs: bool,
+    /// Compression as the client wrote it.
+    pub compression: model_zoo::compression::CompressionOptions,
+}
+
+/// What to complete.
+#[derive(Debug, Clone)]
+pub enum Prompt {
+    /// Text, encoded with the model's special tokens unless they are there already.
+    Text(String),
+    /// Token ids, used as they are.
+    Tokens(Vec<u32>),
+    /// A chat, rendered with the model's template.
+    Chat(Box<ChatPrompt>),
+}
+
+/// A chat to render with the model's template.
+#[derive(Debug, Clone, Default)]
+pub struct ChatPrompt {
+    /// The messages, as JSON objects with at least `role` and `content`, as templates expect them.
+    pub messages: Vec<serde_json::Value>,
+    /// Tool definitions passed through to the template.
+    pub tools: Vec<serde_json::Value>,
+    /// Further template variables (`chat_template_kwargs`), already limited in size by admission.
+    pub template_args: serde_json::Map<String, serde_json::Value>,
+    /// Open an assistant turn at the end (the default of OpenAI's API).
+    pub add_generation_prompt: bool,
+}
+
+impl Default for Prompt {
+    fn default() -> Self {
+        Self::Text(String::new())
+    }
+}
+
+/// How the next token is chosen. Field meanings and defaults are OpenAI's and vLLM's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 means greedy.
+    pub temperature: f32,
+    /// Nucleus mass in (0, 1].
+    pub top_p: f32,
+    /// Keep the k likeliest; 0 keeps all.
+    pub top_k: u32,
+    /// Keep tokens of at least this share of the likeliest one's probability, in [0, 1].
+    pub min_p: f32,
+    /// Seed of this request's random stream; each choice derives its own. `None` draws one.
+    pub seed: Option<u64>,
+    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once from tokens in the output, in [-2, 2].
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence in the output, in [-2, 2].
+    pub frequency_penalty: f32,
+    /// Added to logits, by token id.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Alternatives to report per token; `None` reports no log-probabilities at all.
+    pub logprobs: Option<u32>,
+    /// Texts that end the completion; not included in it.
+    pub stop: Vec<String>,
+    /// Token ids that end the completion besides the model's own.
+    pub stop_token_ids: Vec<u32>,
+    /// Go on past the model's end-of-sequence token.
+    pub ignore_eos: bool,
+    /// Sample at least this many tokens before an end-of-sequence or stop counts.
+    pub min_tokens: usize,
+    /// Keep the stop text in the output.
+    pub include_stop: bool,
+    /// Leave special tokens out of the text (the default).
+    pub skip_special_tokens: bool,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: None,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            logprobs: None,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            min_tokens: 0,
+            include_stop: false,
+            skip_special_tokens: true,
+        }
+    }
+}
+
+/// A validated request: the engine can run it without looking at it again.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// Unique among live requests.
+    pub id: String,
+    /// At least one token; with `max_tokens` within the model's context.
+    pub prompt: Arc<[u32]>,
+    /// Validated sampling parameters; `seed` is set.
+    pub sampling: Arc<SamplingParams>,
+    /// Tokens to generate at most; 0 only scores the prompt.
+    pub max_tokens: usize,
+    /// Choices, at least 1.
+    pub n: usize,
+    /// Report log-probabilities of the prompt's tokens (with `sampling.logprobs` alternatives).
+    pub prompt_logprobs: bool,
+    /// What of the model to run.
+    pub plan: Arc<Plan>,
+}
+
+/// One token with its log-probability and the likeliest alternatives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// Token id.
+    pub token: u32,
+    /// Natural log of its probability under the unmodified logits (before penalties and temperature).
+    pub logprob: f32,
+    /// The likeliest tokens in descending order, as many as asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// End-of-sequence, a stop token or a stop text.
+    Stop,
+    /// `max_tokens` or the model's context is used up.
+    Length,
+    /// Aborted by id, or the server is stopping.
+    Abort,
+    /// The step failed for this row.
+    Error,
+}
+
+impl FinishReason {
+    /// The name on the wire and in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// What the engine sends back, in order per choice.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TokenEvent {
+    /// Once, before any token, when `prompt_logprobs` was asked for: one entry a prompt token, the first
+    /// without a log-probability (nothing precedes it).
+    Prompt {
+        /// One entry a prompt token.
+        logprobs: Vec<Option<TokenLogprob>>,
+    },
+    /// Text that became final, with the tokens sampled since the last event. Either may be empty: a
+    /// token whose text is incomplete UTF-8 or may begin a stop text is reported with the text held back.
+    Delta {
+        /// Choice index, 0-based.
+        choice: usize,
+        /// Whole characters.
+        text: String,
+        /// Sampled tokens; `logprob`s are filled when asked for.
+        tokens: Vec<TokenLogprob>,
+    },
+    /// The last event of a choice.
+    Finished {
+        /// Choice index, 0-based.
+        choice: usize,
+        /// Why it ended.
+        reason: FinishReason,
+        /// The stop text that ended it, if one did.
+        stop: Option<String>,
+        /// Counts for `usage`.
+        usage: ChoiceUsage,
+    },
+    /// The whole request failed; nothing follows.
+    Failed(crate::error::Error),
+}
+
+/// What a choice consumed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ChoiceUsage {
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Of those, tokens whose KV came from the prefix cache.
+    pub cached_tokens: usize,
+    /// Sampled tokens.
+    pub completion_tokens: usize,
+}
