@@ -1,1 +1,3 @@
-//! One integration binary.
+//! The one integration binary: the rules that a program can check, and real clients against the real server.
+
+mod tidy;
