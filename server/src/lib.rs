@@ -11,3 +11,4 @@ pub mod error;
 pub mod request;
 pub mod scheduler;
 pub mod service;
+pub mod telemetry;

@@ -1,0 +1,99 @@
+//! What the engine tells the metrics. Plain data; no metric is named here.
+
+use std::time::Duration;
+
+use crate::request::FinishReason;
+
+/// What is served, as the info metrics and constant gauges tell it.
+#[derive(Debug, Clone, Default)]
+pub struct ServedModel {
+    /// The name that clients ask for.
+    pub model: String,
+    /// Architecture name.
+    pub architecture: String,
+    /// Bytes of weights held in memory.
+    pub weight_bytes: usize,
+    /// KV slots in a page.
+    pub block_size: usize,
+    /// Pages in the KV pool.
+    pub num_pages: usize,
+    /// Bytes of the KV pool.
+    pub kv_pool_bytes: usize,
+}
+
+/// The parts of an engine step that are timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepPhase {
+    /// Deciding what to run and allocating pages.
+    Schedule,
+    /// The model's forward pass, building its batch included.
+    Forward,
+    /// Logits and sampling.
+    Sample,
+    /// Committing the outcome and sending events.
+    Commit,
+}
+
+impl StepPhase {
+    /// Every phase, in the order of a step.
+    pub const ALL: [Self; 4] = [Self::Schedule, Self::Forward, Self::Sample, Self::Commit];
+
+    /// The `phase` label.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Schedule => "schedule",
+            Self::Forward => "forward",
+            Self::Sample => "sample",
+            Self::Commit => "commit",
+        }
+    }
+}
+
+/// One finished engine step.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepSample {
+    /// Tokens run in the step, prefill and decode together.
+    pub tokens: usize,
+    /// Tokens sampled.
+    pub sampled: usize,
+    /// Time of each phase, indexed as [`StepPhase::ALL`].
+    pub phases: [Duration; 4],
+}
+
+/// What the scheduler holds after a step.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SchedulerGauges {
+    /// Sequences in the running batch.
+    pub running: usize,
+    /// Sequences in the waiting queue.
+    pub waiting: usize,
+    /// Pages owned by sequences.
+    pub pages_used: usize,
+    /// Pages kept only for the prefix cache; taken back when needed.
+    pub pages_cached: usize,
+    /// Pages that hold nothing.
+    pub pages_free: usize,
+}
+
+/// The life of one finished sequence (a choice of a request).
+#[derive(Debug, Clone, Copy)]
+pub struct SequenceTimings {
+    /// Arrival → first step that ran it; `None` when it never ran.
+    pub queue: Option<Duration>,
+    /// First step that ran it → first sampled token; `None` when it sampled none.
+    pub prefill: Option<Duration>,
+    /// First → last sampled token; `None` when it sampled none.
+    pub decode: Option<Duration>,
+    /// Arrival → end.
+    pub total: Duration,
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Sampled tokens.
+    pub completion_tokens: usize,
+    /// The request's token limit.
+    pub max_tokens: usize,
+    /// The request's number of choices.
+    pub n: usize,
+    /// Why it ended.
+    pub reason: FinishReason,
+}
