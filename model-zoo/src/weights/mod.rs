@@ -1,5 +1,8 @@
 //! Weight files: named tensors as the bytes that the file holds, before any repacking.
 
+mod file;
+pub mod gguf;
+
 use std::borrow::Cow;
 
 use candle_core::quantized::GgmlDType;
