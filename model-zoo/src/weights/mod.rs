@@ -1,7 +1,8 @@
 //! Weight files: named tensors as the bytes that the file holds, before any repacking.
 
-mod file;
+pub(crate) mod file;
 pub mod gguf;
+pub mod safetensors;
 
 use std::borrow::Cow;
 

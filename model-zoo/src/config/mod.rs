@@ -1,5 +1,11 @@
 //! A decoder's hyper-parameters, whatever file they came from.
 
+mod gguf;
+mod hf;
+mod hf_rope;
+mod json;
+mod validate;
+
 /// Everything that distinguishes the decoders of the Llama family (Llama 1–3, SmolLM2, Mistral,
 /// Qwen2/2.5, Qwen3) and Gemma 3 from one another. Made from `config.json` or GGUF metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +97,20 @@ pub enum RopeScaling {
     },
     /// One divisor a frequency, as GGUF's `rope_freqs.weight` stores Llama 3's scaling.
     Factors(Vec<f32>),
+}
+
+impl RopeScaling {
+    /// The context that a model pre-trained on `context` tokens reaches with this scaling. Llama 3's files
+    /// give the stretched context already.
+    fn stretched_context(&self, context: usize) -> usize {
+        match self {
+            Self::None | Self::Llama3 { .. } | Self::Factors(_) => context,
+            Self::Linear { factor } => (context as f32 * factor) as usize,
+            Self::Yarn { factor, original_max_position, .. } => {
+                context.max((original_max_position * factor) as usize)
+            }
+        }
+    }
 }
 
 /// Which channels RoPE rotates together.

@@ -1,0 +1,134 @@
+//! Hugging Face checkpoints: `model.safetensors`, or shards that `model.safetensors.index.json` lists.
+//!
+//! As with GGUF, every length and place is checked when a checkpoint is opened, before memory is taken.
+//!
+//! Format: <https://github.com/huggingface/safetensors#format>
+
+mod header;
+
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Component, Path};
+
+use serde::Deserialize;
+
+use super::file::WeightFile;
+use super::{RawTensor, WeightSource};
+use crate::{Result, ZooError};
+use header::TensorEntry;
+
+/// The name of a checkpoint in one file.
+const SINGLE: &str = "model.safetensors";
+
+/// The name of a sharded checkpoint's table of contents.
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A table of contents of a model with a million tensors is smaller.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// Most files of a checkpoint: each holds a descriptor while it is open.
+const MAX_SHARDS: usize = 512;
+
+/// An opened checkpoint.
+#[derive(Debug)]
+pub struct SafetensorsCheckpoint {
+    shards: Vec<WeightFile>,
+    /// For each tensor, its shard and its place there.
+    tensors: HashMap<String, (usize, TensorEntry)>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl SafetensorsCheckpoint {
+    /// Opens the checkpoint in `folder` and checks the headers of all its files.
+    ///
+    /// # Errors
+    /// [`ZooError::Io`] when a file cannot be read, [`ZooError::Format`] when one is truncated or
+    /// malformed, when the index names a file outside the folder or a tensor that its file has not, or
+    /// when a tensor's type is not F32, F16 or BF16.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let index_path = folder.join(INDEX);
+        if !index_path.exists() {
+            return Self::open_single(&folder.join(SINGLE));
+        }
+        let index = read_index(&index_path)?;
+        let names = index.weight_map.values().collect::<BTreeSet<_>>();
+        if names.len() > MAX_SHARDS {
+            let count = names.len();
+            return Err(ZooError::format(
+                index_path,
+                format!("lists {count} files; {MAX_SHARDS} are possible"),
+            ));
+        }
+        let mut checkpoint = Self { shards: Vec::new(), tensors: HashMap::new() };
+        for name in names {
+            check_shard_name(&index_path, name)?;
+            checkpoint.add(&folder.join(name), |tensor| index.weight_map.get(tensor) == Some(name))?;
+        }
+        match index.weight_map.keys().find(|&tensor| !checkpoint.tensors.contains_key(tensor)) {
+            Some(missing) => {
+                let shard = &index.weight_map[missing];
+                Err(ZooError::format(
+                    index_path,
+                    format!("places tensor {missing:?} in {shard}, which lacks it"),
+                ))
+            }
+            None => Ok(checkpoint),
+        }
+    }
+
+    fn open_single(path: &Path) -> Result<Self> {
+        let mut checkpoint = Self { shards: Vec::new(), tensors: HashMap::new() };
+        checkpoint.add(path, |_| true)?;
+        Ok(checkpoint)
+    }
+
+    /// Adds the tensors of a file that `wanted` accepts.
+    fn add(&mut self, path: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
+        let file = WeightFile::open(path)?;
+        let shard = self.shards.len();
+        for (name, entry) in header::read(&file)? {
+            if wanted(&name) {
+                self.tensors.insert(name, (shard, entry));
+            }
+        }
+        self.shards.push(file);
+        Ok(())
+    }
+}
+
+fn read_index(path: &Path) -> Result<Index> {
+    let file = WeightFile::open(path)?;
+    if file.len() > MAX_INDEX_BYTES {
+        return Err(file.malformed(format!("is larger than {MAX_INDEX_BYTES} bytes")));
+    }
+    let bytes = file.read_at(0, file.len() as usize)?;
+    serde_json::from_slice(&bytes).map_err(|e| file.malformed(e.to_string()))
+}
+
+/// A shard is a plain name beside the index: a downloaded index must not reach other files.
+fn check_shard_name(index_path: &Path, name: &str) -> Result<()> {
+    let mut components = Path::new(name).components();
+    match (components.next(), components.next()) {
+        (Some(Component::Normal(only)), None) if only == name => Ok(()),
+        _ => Err(ZooError::format(index_path, format!("names {name:?}, which is not a file beside it"))),
+    }
+}
+
+impl WeightSource for SafetensorsCheckpoint {
+    fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn tensor(&self, name: &str) -> Result<RawTensor<'_>> {
+        let Some((shard, entry)) = self.tensors.get(name) else {
+            let path = self.shards[0].path();
+            return Err(ZooError::format(path, format!("the checkpoint has no tensor {name:?}")));
+        };
+        let data = self.shards[*shard].read_at(entry.offset, entry.num_bytes)?;
+        Ok(RawTensor { dtype: entry.dtype, shape: entry.shape.clone(), data: Cow::Owned(data) })
+    }
+}
