@@ -41,9 +41,13 @@ pub struct SequenceSpec {
     pub max_tokens: usize,
     /// KV slots that its plan fills.
     pub demand: KvDemand,
-    /// The class of plans whose KV it can share.
+    /// The class of plans whose KV it can share. Equal keys imply equal demands.
     pub plan_key: PlanKey,
+    /// Sequences share cached prefixes only with equal salts, so that a tenant cannot find out by timing
+    /// what another one asked. 0 is the common cache.
+    pub cache_salt: u64,
     /// Keep the prefix cache from answering, so that every prompt position is computed (prompt logprobs).
+    /// Of `n` choices one is enough: the others share its prompt.
     pub bypass_prefix_cache: bool,
 }
 
@@ -65,7 +69,9 @@ pub struct ScheduledSeq {
 pub struct StepPlan {
     /// Rows, decode first, then prefill chunks.
     pub rows: Vec<ScheduledSeq>,
-    /// Sequences that lost their pages to others and went back to the head of the queue.
+    /// Sequences that lost their pages since the last committed step and went back to the head of the
+    /// queue: whatever is kept per computed token starts anew. With nothing else to run, one can be in
+    /// `rows` again at once.
     pub preempted: Vec<SeqId>,
 }
 
@@ -76,6 +82,7 @@ pub enum RowOutcome {
     Prefilled,
     /// A token was sampled and the sequence goes on.
     Sampled(u32),
-    /// The sequence ended with this step (a sampled token may have been its last).
+    /// The sequence ended with this step (a sampled token may have been its last). A row whose
+    /// computation failed is not committed at all: abort it first, so that its KV is never shared.
     Finished,
 }
