@@ -10,6 +10,7 @@
 pub mod compression;
 pub mod config;
 pub mod error;
+pub mod kernels;
 pub mod kv_cache;
 pub mod models;
 pub mod step;

@@ -1,0 +1,160 @@
+//! Element-wise kernels over rows: plain loops that the compiler vectorises, compiled once for each
+//! instruction set.
+
+use super::isa::Isa;
+
+/// Defines a function whose plain body is compiled for every [`Isa`] and chosen by its first argument.
+macro_rules! multiversion {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name(isa: $crate::kernels::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn plain($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? { plain($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? { plain($($arg),*) }
+            match isa {
+                // SAFETY: an `Isa` other than `Portable` comes from run-time detection.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::isa::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                _ => plain($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use multiversion;
+
+/// `eˣ` to about 2 ulp, branch-free: 2ⁿ by exponent bits times a polynomial on [−ln 2 / 2, ln 2 / 2].
+/// Below −87 it gives 0, so that masked scores vanish.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    let n = (x.clamp(-87.3, 88.3) * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // ln 2 in two parts keeps the remainder exact to the last bits.
+    let r = (x.clamp(-87.3, 88.3) - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let p = 1.0 / 5040.0;
+    let p = p * r + 1.0 / 720.0;
+    let p = p * r + 1.0 / 120.0;
+    let p = p * r + 1.0 / 24.0;
+    let p = p * r + 1.0 / 6.0;
+    let p = p * r + 0.5;
+    let p = (p * r + 1.0) * r + 1.0;
+    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x < -87.0 { 0.0 } else { p * power }
+}
+
+/// Sum of squares in sixteen lanes, then pairwise: the same order for every row.
+#[inline(always)]
+fn sum_of_squares(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let chunks = x.chunks_exact(16);
+    let rest = chunks.remainder();
+    for part in chunks {
+        for (lane, v) in lanes.iter_mut().zip(part) {
+            *lane += v * v;
+        }
+    }
+    for (lane, v) in lanes.iter_mut().zip(rest) {
+        *lane += v * v;
+    }
+    lanes.iter().sum()
+}
+
+multiversion! {
+    /// RMSNorm (arXiv 1910.07467) of one row: `out = x / √(mean(x²) + eps) · weight`.
+    pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+        for ((o, v), w) in out.iter_mut().zip(x).zip(weight) {
+            *o = v * scale * w;
+        }
+    }
+}
+
+multiversion! {
+    /// RMSNorm of one row in place.
+    pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+        let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+        for (v, w) in x.iter_mut().zip(weight) {
+            *v = *v * scale * w;
+        }
+    }
+}
+
+multiversion! {
+    /// `gate = silu(gate) · up`
+    pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
+        for (g, u) in gate.iter_mut().zip(up) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
+    }
+}
+
+multiversion! {
+    /// `gate = gelu(gate) · up` with the tanh approximation: `0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`.
+    pub fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+        for (g, u) in gate.iter_mut().zip(up) {
+            let x = *g;
+            let inner = 0.797_884_6 * (x + 0.044_715 * x * x * x);
+            // 0.5·(1 + tanh(y)) = 1 / (1 + e^(−2y))
+            *g = x / (1.0 + exp(-2.0 * inner)) * u;
+        }
+    }
+}
+
+multiversion! {
+    /// `x += y`
+    pub fn add(x: &mut [f32], y: &[f32]) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
+    }
+}
+
+/// Adds `bias`, `[channels]`, to every row of `x`.
+pub fn add_bias(isa: Isa, x: &mut [f32], bias: &[f32]) {
+    x.chunks_exact_mut(bias.len()).for_each(|row| add(isa, row, bias));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_and_vanishes() {
+        for i in -86_999..=88_000 {
+            let x = i as f32 * 1e-3;
+            let (ours, truth) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((ours - truth).abs() <= 5e-7 * truth, "{x}: {ours} {truth}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+    }
+
+    #[test]
+    fn rows_equal_the_formulas() {
+        let x: Vec<f32> = (0..77).map(|i| ((i * 37 % 101) as f32 - 50.0) / 9.0).collect();
+        let w: Vec<f32> = (0..77).map(|i| 1.0 + (i % 5) as f32 / 7.0).collect();
+        let mean = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / 77.0;
+        for isa in Isa::available() {
+            let mut out = vec![0f32; 77];
+            rms_norm(isa, &x, &w, 1e-5, &mut out);
+            let (mut silu, mut gelu) = (x.clone(), x.clone());
+            silu_mul(isa, &mut silu, &w);
+            gelu_tanh_mul(isa, &mut gelu, &w);
+            for i in 0..77 {
+                let (v, u) = (f64::from(x[i]), f64::from(w[i]));
+                let close =
+                    |a: f32, b: f64| assert!((f64::from(a) - b).abs() < 2e-6 * (1.0 + b.abs()), "{a} {b}");
+                close(out[i], v / (mean + 1e-5).sqrt() * u);
+                close(silu[i], v / (1.0 + (-v).exp()) * u);
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (v + 0.044_715 * v.powi(3));
+                close(gelu[i], 0.5 * v * (1.0 + inner.tanh()) * u);
+            }
+        }
+    }
+}
