@@ -143,7 +143,7 @@ fn attention_scale(keys: &Keys<'_>, num_layers: usize, hidden: usize, head_dim: 
     let heads = keys.require::<usize>("attention.head_count")?.max(1);
     let gemma_27b = keys.architecture == "gemma3" && num_layers == 62;
     let width = if gemma_27b { hidden as f32 / heads as f32 } else { head_dim as f32 };
-    Ok(width.sqrt().recip())
+    Ok(f64::from(width).sqrt().recip() as f32)
 }
 
 fn sliding_window(keys: &Keys<'_>, num_layers: usize) -> Result<Option<SlidingWindow>> {
@@ -158,7 +158,10 @@ fn sliding_window(keys: &Keys<'_>, num_layers: usize) -> Result<Option<SlidingWi
         Ok(Some(layers)) => layers.to_vec(),
         // Not an array: one local layer fewer than this many, then a global one.
         Ok(None) | Err(_) => {
-            let pattern = keys.get::<usize>(key)?.unwrap_or(GEMMA_PATTERN).max(1);
+            let pattern = keys.get::<usize>(key)?.unwrap_or(GEMMA_PATTERN);
+            if pattern == 0 {
+                return Err(keys.malformed(format!("{key} is 0")));
+            }
             (0..num_layers).map(|layer| !(layer + 1).is_multiple_of(pattern)).collect()
         }
     };

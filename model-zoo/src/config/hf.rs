@@ -112,7 +112,7 @@ fn assemble(json: &JsonObject, architecture: &str) -> Result<DecoderConfig> {
         sandwich_norms: gemma,
         norm_offset: if gemma { 1.0 } else { 0.0 },
         embedding_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
-        attention_scale: attention_scalar.sqrt().recip(),
+        attention_scale: f64::from(attention_scalar).sqrt().recip() as f32,
         tie_word_embeddings: json.get("tie_word_embeddings")?.unwrap_or(gemma),
     })
 }
@@ -179,13 +179,22 @@ fn sliding_window(
         "gemma3" => match types {
             Some(types) => types,
             None => {
-                let pattern = json.get::<usize>("sliding_window_pattern")?.unwrap_or(6).max(1);
+                let pattern = gemma_pattern(json)?;
                 (0..num_layers).map(|layer| !(layer + 1).is_multiple_of(pattern)).collect()
             }
         },
         _ => return Ok(None),
     };
     Ok(layers.contains(&true).then_some((window, layers)))
+}
+
+/// Gemma's window layers between two global ones, plus one.
+fn gemma_pattern(json: &JsonObject) -> Result<usize> {
+    let pattern = match json.get::<usize>("sliding_window_pattern")? {
+        Some(pattern) => pattern,
+        None => json.get("_sliding_window_pattern")?.unwrap_or(6),
+    };
+    if pattern == 0 { Err(json.malformed("sliding_window_pattern is 0")) } else { Ok(pattern) }
 }
 
 fn layer_types(json: &JsonObject, num_layers: usize) -> Result<Option<Vec<bool>>> {

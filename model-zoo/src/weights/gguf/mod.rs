@@ -55,6 +55,11 @@ impl GgufFile {
         &self.metadata
     }
 
+    /// The key-value pairs alone, letting go of the file.
+    pub fn into_metadata(self) -> Metadata {
+        self.metadata
+    }
+
     /// `general.architecture`: `llama`, `qwen2`, `qwen3`, `gemma3`, ….
     pub fn architecture(&self) -> &str {
         &self.architecture

@@ -8,7 +8,7 @@ mod header;
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -32,6 +32,7 @@ const MAX_SHARDS: usize = 512;
 /// An opened checkpoint.
 #[derive(Debug)]
 pub struct SafetensorsCheckpoint {
+    folder: PathBuf,
     shards: Vec<WeightFile>,
     /// For each tensor, its shard and its place there.
     tensors: HashMap<String, (usize, TensorEntry)>,
@@ -50,9 +51,12 @@ impl SafetensorsCheckpoint {
     /// malformed, when the index names a file outside the folder or a tensor that its file has not, or
     /// when a tensor's type is not F32, F16 or BF16.
     pub fn open(folder: &Path) -> Result<Self> {
+        let mut checkpoint = Self { folder: folder.to_owned(), shards: Vec::new(), tensors: HashMap::new() };
+        let single = folder.join(SINGLE);
         let index_path = folder.join(INDEX);
-        if !index_path.exists() {
-            return Self::open_single(&folder.join(SINGLE));
+        if single.exists() || !index_path.exists() {
+            checkpoint.add(&single, |_| true)?;
+            return Ok(checkpoint);
         }
         let index = read_index(&index_path)?;
         let names = index.weight_map.values().collect::<BTreeSet<_>>();
@@ -63,7 +67,6 @@ impl SafetensorsCheckpoint {
                 format!("lists {count} files; {MAX_SHARDS} are possible"),
             ));
         }
-        let mut checkpoint = Self { shards: Vec::new(), tensors: HashMap::new() };
         for name in names {
             check_shard_name(&index_path, name)?;
             checkpoint.add(&folder.join(name), |tensor| index.weight_map.get(tensor) == Some(name))?;
@@ -78,12 +81,6 @@ impl SafetensorsCheckpoint {
             }
             None => Ok(checkpoint),
         }
-    }
-
-    fn open_single(path: &Path) -> Result<Self> {
-        let mut checkpoint = Self { shards: Vec::new(), tensors: HashMap::new() };
-        checkpoint.add(path, |_| true)?;
-        Ok(checkpoint)
     }
 
     /// Adds the tensors of a file that `wanted` accepts.
@@ -125,8 +122,7 @@ impl WeightSource for SafetensorsCheckpoint {
 
     fn tensor(&self, name: &str) -> Result<RawTensor<'_>> {
         let Some((shard, entry)) = self.tensors.get(name) else {
-            let path = self.shards[0].path();
-            return Err(ZooError::format(path, format!("the checkpoint has no tensor {name:?}")));
+            return Err(ZooError::format(&self.folder, format!("the checkpoint has no tensor {name:?}")));
         };
         let data = self.shards[*shard].read_at(entry.offset, entry.num_bytes)?;
         Ok(RawTensor { dtype: entry.dtype, shape: entry.shape.clone(), data: Cow::Owned(data) })
