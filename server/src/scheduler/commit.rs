@@ -1,0 +1,48 @@
+//! Recording what a step produced: the only way in which sequences advance.
+
+use super::{RowOutcome, ScheduledSeq, Scheduler, Sequence, StepPlan};
+
+impl Scheduler {
+    /// Records the outcomes of `plan`, the latest one, row by row. Rows of sequences that were aborted or
+    /// preempted since are ignored. Computed full blocks become available to others.
+    ///
+    /// A sequence ends with [`RowOutcome::Finished`], and at the latest with its `max_tokens`th token.
+    pub fn commit(&mut self, plan: &StepPlan, outcomes: &[RowOutcome]) {
+        debug_assert_eq!(plan.rows.len(), outcomes.len(), "one outcome a row");
+        self.plan = None;
+        self.reported.clear();
+        for (row, outcome) in plan.rows.iter().zip(outcomes) {
+            self.commit_row(row, outcome);
+        }
+        let sequences = &self.sequences;
+        self.running.retain(|id| sequences.0.contains_key(id));
+        self.settle_num_pages();
+    }
+
+    fn commit_row(&mut self, row: &ScheduledSeq, outcome: &RowOutcome) {
+        let Some(seq) = self.sequences.0.get_mut(&row.id) else { return };
+        if seq.num_scheduled == 0 || seq.row() != *row {
+            return;
+        }
+        seq.advance();
+        if self.config.prefix_caching {
+            self.kv.publish(seq);
+        }
+        if record(seq, row, outcome) {
+            self.drop_sequence(row.id);
+        }
+    }
+}
+
+/// Appends a sampled token and says whether the sequence has ended.
+fn record(seq: &mut Sequence, row: &ScheduledSeq, outcome: &RowOutcome) -> bool {
+    match outcome {
+        RowOutcome::Finished => true,
+        RowOutcome::Sampled(token) if row.samples => {
+            seq.tokens.push(*token);
+            seq.num_outputs() >= seq.spec.max_tokens
+        }
+        // Nothing was sampled: past its last known token there is nothing left to run.
+        RowOutcome::Prefilled | RowOutcome::Sampled(_) => row.samples,
+    }
+}

@@ -1,0 +1,236 @@
+//! Page accounting: the one place where pages move between the free pool, sequences and cached blocks.
+//!
+//! Every page below the limit is free, or in the block table of one sequence, or in one cached block with
+//! a count of the sequences that refer to it. Pages are counted by (sequence, layer): how many a layer
+//! needs is asked of [`KvDemand`], so that a plan that skips a layer or drops tokens holds less.
+
+use model_zoo::compression::KvDemand;
+use model_zoo::kv_cache::PageId;
+
+use super::page_pool::PagePool;
+use super::prefix_cache::{BlockId, LayerPage, Parent, PrefixCache};
+use super::sequence::{Sequence, SharedPrefix};
+
+/// All pages, and where they are.
+#[derive(Debug)]
+pub(super) struct KvPages {
+    block_size: usize,
+    pool: PagePool,
+    cache: PrefixCache,
+}
+
+/// What the prefix cache knows of a sequence.
+#[derive(Debug, Default)]
+pub(super) struct PrefixHit {
+    blocks: Vec<BlockId>,
+    /// Tokens that the blocks cover.
+    pub(super) num_tokens: usize,
+    /// Pages of those blocks that count as available until the hit is taken.
+    pub(super) num_idle_pages: usize,
+}
+
+impl KvPages {
+    pub(super) fn new(block_size: usize, num_pages: usize) -> Self {
+        Self { block_size, pool: PagePool::new(page_limit(num_pages)), cache: PrefixCache::default() }
+    }
+
+    /// Pages that exist, in whatever state.
+    pub(super) fn num_pages(&self) -> usize {
+        self.pool.limit() as usize
+    }
+
+    pub(super) fn num_free(&self) -> usize {
+        self.pool.num_free()
+    }
+
+    /// Pages of cached blocks that no sequence refers to.
+    pub(super) fn num_cached(&self) -> usize {
+        self.cache.num_idle_pages()
+    }
+
+    /// Pages that a sequence can get: free ones and those of idle cached blocks.
+    pub(super) fn num_available(&self) -> usize {
+        self.num_free() + self.num_cached()
+    }
+
+    /// Pages that the first `num_tokens` tokens of a sequence fill, over all layers.
+    pub(super) fn pages_of(&self, demand: &KvDemand, num_tokens: usize) -> usize {
+        let pages_of_layer = |layer| demand.kv_len(layer, num_tokens).div_ceil(self.block_size);
+        (0..demand.num_layers()).map(pages_of_layer).sum()
+    }
+
+    /// Pages that `seq` lacks to hold its first `num_tokens` tokens.
+    pub(super) fn pages_missing(&self, seq: &Sequence, num_tokens: usize) -> usize {
+        let held: usize = seq.block_tables.iter().map(Vec::len).sum();
+        self.pages_of(&seq.spec.demand, num_tokens).saturating_sub(held)
+    }
+
+    /// Gives `seq` the pages for its first `num_tokens` tokens, evicting idle blocks where needed. Does
+    /// nothing and returns false when there are not enough.
+    pub(super) fn grow(&mut self, seq: &mut Sequence, num_tokens: usize) -> bool {
+        if self.pages_missing(seq, num_tokens) > self.num_available() {
+            return false;
+        }
+        for (layer, table) in seq.block_tables.iter_mut().enumerate() {
+            let needed = seq.spec.demand.kv_len(layer, num_tokens).div_ceil(self.block_size);
+            while table.len() < needed {
+                table.push(self.take());
+            }
+        }
+        true
+    }
+
+    fn take(&mut self) -> PageId {
+        while self.pool.num_free() == 0 {
+            let pages = self.cache.evict().expect("invariant: the pages were counted before");
+            self.give_back(pages);
+        }
+        self.pool.take().expect("invariant: a page is free")
+    }
+
+    /// Takes every page from `seq`: its own become free, those of cached blocks stay cached.
+    pub(super) fn release(&mut self, seq: &mut Sequence) {
+        for (layer, table) in seq.block_tables.iter_mut().enumerate() {
+            let num_shared = seq.spec.demand.kv_len(layer, seq.shared.num_tokens) / self.block_size;
+            for page in table.drain(..).skip(num_shared) {
+                self.pool.give_back(page);
+            }
+        }
+        for &block in seq.shared.blocks.iter().rev() {
+            self.cache.release(block);
+        }
+        seq.shared = SharedPrefix::default();
+        seq.num_computed = 0;
+        seq.num_scheduled = 0;
+        seq.kv_len.fill(0);
+    }
+
+    /// Finds the longest cached prefix of `seq` that leaves its last token to be computed.
+    pub(super) fn lookup(&self, seq: &Sequence) -> PrefixHit {
+        let mut hit = PrefixHit::default();
+        if !seq.reads_cache() {
+            return hit;
+        }
+        while let Some((parent, tokens)) = self.next_block(seq, &hit) {
+            let Some(block) = self.cache.child(parent, tokens) else { break };
+            if self.cache.is_idle(block) {
+                hit.num_idle_pages += self.cache.pages(block).len();
+            }
+            hit.num_tokens += tokens.len();
+            hit.blocks.push(block);
+        }
+        hit
+    }
+
+    /// The block that `seq` could have found after `hit`, had it been there: its parent and tokens.
+    pub(super) fn next_block<'a>(&self, seq: &'a Sequence, hit: &PrefixHit) -> Option<(Parent, &'a [u32])> {
+        let parent = hit.blocks.last().map_or(Parent::Root(seq.cache_key()), |&id| Parent::Block(id));
+        let end = self.next_border(&seq.spec.demand, hit.num_tokens, seq.tokens.len() - 1)?;
+        Some((parent, &seq.tokens[hit.num_tokens..end]))
+    }
+
+    /// The block that a running `seq` is going to publish next, if its tokens are known already.
+    pub(super) fn unpublished_block<'a>(&self, seq: &'a Sequence) -> Option<(Parent, &'a [u32])> {
+        let start = seq.shared.num_tokens;
+        let end = self.next_border(&seq.spec.demand, start, seq.tokens.len())?;
+        Some((seq.chain_end(), &seq.tokens[start..end]))
+    }
+
+    /// Gives `seq`, which holds no page, the blocks of `hit` as its computed prefix.
+    pub(super) fn adopt(&mut self, seq: &mut Sequence, hit: PrefixHit) {
+        for &block in &hit.blocks {
+            self.cache.acquire(block);
+            for held in self.cache.pages(block) {
+                seq.block_tables[held.layer as usize].push(held.page);
+            }
+        }
+        seq.num_computed = hit.num_tokens;
+        seq.refresh_kv_len();
+        seq.shared =
+            SharedPrefix { blocks: hit.blocks, num_tokens: hit.num_tokens, num_scanned: hit.num_tokens };
+    }
+
+    /// Hands the computed full blocks of `seq` to the cache, keeping a reference. Where the cache has an
+    /// equal block already, `seq` goes on with that one and its own pages become free.
+    pub(super) fn publish(&mut self, seq: &mut Sequence) {
+        while seq.shared.num_scanned + self.block_size <= seq.num_computed {
+            seq.shared.num_scanned += self.block_size;
+            if self.is_border(&seq.spec.demand, seq.shared.num_scanned) {
+                self.publish_block(seq, seq.shared.num_scanned);
+            }
+        }
+    }
+
+    fn publish_block(&mut self, seq: &mut Sequence, end: usize) {
+        let start = seq.shared.num_tokens;
+        let (parent, tokens) = (seq.chain_end(), &seq.tokens[start..end]);
+        let own = self.block_pages(seq, start, end);
+        let block = match self.cache.child(parent, tokens) {
+            Some(block) => {
+                self.cache.acquire(block);
+                self.exchange(seq, start, block);
+                block
+            }
+            None => self.cache.insert(parent, tokens, own),
+        };
+        seq.shared.blocks.push(block);
+        seq.shared.num_tokens = end;
+    }
+
+    /// Replaces the own pages of `seq` from token `start` on with those of `block`.
+    fn exchange(&mut self, seq: &mut Sequence, start: usize, block: BlockId) {
+        let mut next: Vec<usize> = self.first_pages(&seq.spec.demand, start).collect();
+        for &LayerPage { layer, page } in self.cache.pages(block) {
+            let layer = layer as usize;
+            let own = std::mem::replace(&mut seq.block_tables[layer][next[layer]], page);
+            self.pool.give_back(own);
+            next[layer] += 1;
+        }
+    }
+
+    /// The pages of `seq` that hold its tokens `start..end`, both block borders.
+    fn block_pages(&self, seq: &Sequence, start: usize, end: usize) -> Box<[LayerPage]> {
+        let demand = &seq.spec.demand;
+        let ranges = self.first_pages(demand, start).zip(self.first_pages(demand, end));
+        let tables = (0u32..).zip(&seq.block_tables);
+        let of_layer = |((layer, table), (first, end)): ((u32, &Vec<PageId>), (usize, usize))| {
+            table[first..end].iter().map(|&page| LayerPage { layer, page }).collect::<Vec<_>>()
+        };
+        tables.zip(ranges).flat_map(of_layer).collect()
+    }
+
+    /// `[layer]`: index in the block table of the page in which token `border`, a block border, begins.
+    fn first_pages<'a>(&self, demand: &'a KvDemand, border: usize) -> impl Iterator<Item = usize> + use<'a> {
+        let block_size = self.block_size;
+        (0..demand.num_layers()).map(move |layer| demand.kv_len(layer, border) / block_size)
+    }
+
+    /// Whether the pages of the first `num_tokens` tokens are full in every layer, so that a block can
+    /// end here and the next begin.
+    fn is_border(&self, demand: &KvDemand, num_tokens: usize) -> bool {
+        (0..demand.num_layers()).all(|layer| demand.kv_len(layer, num_tokens).is_multiple_of(self.block_size))
+    }
+
+    /// The first block border after `start`, up to `end` inclusive.
+    fn next_border(&self, demand: &KvDemand, start: usize, end: usize) -> Option<usize> {
+        (start + self.block_size..=end).step_by(self.block_size).find(|&t| self.is_border(demand, t))
+    }
+
+    /// Changes the pool to pages `0..num_pages`. No sequence may hold a page beyond.
+    pub(super) fn resize(&mut self, num_pages: usize) {
+        let limit = page_limit(num_pages);
+        let pages = self.cache.evict_from(limit);
+        self.give_back(pages);
+        self.pool.resize(limit);
+    }
+
+    fn give_back(&mut self, pages: impl IntoIterator<Item = LayerPage>) {
+        for held in pages {
+            self.pool.give_back(held.page);
+        }
+    }
+}
+
+fn page_limit(num_pages: usize) -> PageId {
+    PageId::try_from(num_pages).unwrap_or(PageId::MAX)
+}

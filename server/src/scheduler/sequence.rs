@@ -1,0 +1,136 @@
+//! A sequence as the scheduler sees it: its tokens, how far they are computed, and its pages. Plain
+//! data; every change of state is made by the scheduler and by [`super::kv_pages`].
+
+use std::collections::HashMap;
+use std::ops::{Index, IndexMut};
+
+use model_zoo::kv_cache::PageId;
+
+use super::prefix_cache::{BlockId, CacheKey, Parent};
+use super::{ScheduledSeq, SeqId, SequenceSpec};
+
+/// One choice of one request, waiting or running.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub(super) spec: SequenceSpec,
+    /// Prompt followed by output.
+    pub(super) tokens: Vec<u32>,
+    /// Leading tokens whose KV is in the pages.
+    pub(super) num_computed: usize,
+    /// Tokens after those that the current plan runs.
+    pub(super) num_scheduled: usize,
+    /// Tokens found in the prefix cache at the first admission; `None` before it.
+    pub(super) num_cached: Option<usize>,
+    /// `[layer]`: pages in slot order, at least enough for `kv_len`.
+    pub(super) block_tables: Vec<Vec<PageId>>,
+    /// `[layer]`: KV slots that the computed tokens fill.
+    pub(super) kv_len: Vec<usize>,
+    /// The leading pages that the prefix cache owns.
+    pub(super) shared: SharedPrefix,
+    /// Pages that it holds at most, at its last token.
+    pub(super) max_pages: usize,
+}
+
+/// The part of a sequence whose pages belong to cached blocks; the pages after it are the sequence's own.
+#[derive(Debug, Default)]
+pub(super) struct SharedPrefix {
+    /// Cached blocks in order; the sequence holds a reference to each.
+    pub(super) blocks: Vec<BlockId>,
+    /// Tokens that they cover.
+    pub(super) num_tokens: usize,
+    /// Tokens up to which block borders were looked for, so that no step looks twice.
+    pub(super) num_scanned: usize,
+}
+
+impl Sequence {
+    pub(super) fn new(spec: SequenceSpec, max_pages: usize) -> Self {
+        let num_layers = spec.demand.num_layers();
+        Self {
+            tokens: spec.prompt.to_vec(),
+            num_computed: 0,
+            num_scheduled: 0,
+            num_cached: None,
+            block_tables: vec![Vec::new(); num_layers],
+            kv_len: vec![0; num_layers],
+            shared: SharedPrefix::default(),
+            max_pages,
+            spec,
+        }
+    }
+
+    /// Tokens whose KV is computed at most: all but the last sampled one, which nothing follows.
+    pub(super) fn max_computed(spec: &SequenceSpec) -> usize {
+        spec.prompt.len().saturating_add(spec.max_tokens.saturating_sub(1))
+    }
+
+    /// Known tokens that are neither computed nor scheduled.
+    pub(super) fn num_remaining(&self) -> usize {
+        self.tokens.len() - self.num_computed - self.num_scheduled
+    }
+
+    /// Only its last known token is to be computed: the next step is a decode step.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.num_computed + 1 == self.tokens.len()
+    }
+
+    pub(super) fn num_outputs(&self) -> usize {
+        self.tokens.len() - self.spec.prompt.len()
+    }
+
+    /// Whether the prefix cache may answer for it. A bypass holds until the prompt has been computed once.
+    pub(super) fn reads_cache(&self) -> bool {
+        !self.spec.bypass_prefix_cache || self.num_outputs() > 0
+    }
+
+    /// Its row in the plan.
+    pub(super) fn row(&self) -> ScheduledSeq {
+        ScheduledSeq {
+            id: self.spec.id,
+            first_pos: self.num_computed,
+            num_tokens: self.num_scheduled,
+            samples: self.num_remaining() == 0,
+        }
+    }
+
+    /// Counts the scheduled tokens as computed.
+    pub(super) fn advance(&mut self) {
+        self.num_computed += self.num_scheduled;
+        self.num_scheduled = 0;
+        self.refresh_kv_len();
+    }
+
+    pub(super) fn refresh_kv_len(&mut self) {
+        for (layer, kv_len) in self.kv_len.iter_mut().enumerate() {
+            *kv_len = self.spec.demand.kv_len(layer, self.num_computed);
+        }
+    }
+
+    /// Where in the prefix cache the chain of this sequence begins.
+    pub(super) fn cache_key(&self) -> CacheKey {
+        CacheKey { plan_key: self.spec.plan_key, salt: self.spec.cache_salt }
+    }
+
+    /// The cached block after which its next one comes.
+    pub(super) fn chain_end(&self) -> Parent {
+        self.shared.blocks.last().map_or(Parent::Root(self.cache_key()), |&id| Parent::Block(id))
+    }
+}
+
+/// All live sequences by id.
+#[derive(Debug, Default)]
+pub(super) struct Sequences(pub(super) HashMap<SeqId, Sequence>);
+
+// The waiting queue and the running list hold ids of live sequences only; indexing says so.
+impl Index<SeqId> for Sequences {
+    type Output = Sequence;
+
+    fn index(&self, id: SeqId) -> &Sequence {
+        self.0.get(&id).expect("invariant: queued and running sequences are live")
+    }
+}
+
+impl IndexMut<SeqId> for Sequences {
+    fn index_mut(&mut self, id: SeqId) -> &mut Sequence {
+        self.0.get_mut(&id).expect("invariant: queued and running sequences are live")
+    }
+}
