@@ -8,6 +8,7 @@
 
 pub mod engine;
 pub mod error;
+pub mod grpc;
 pub mod request;
 pub mod scheduler;
 pub mod service;

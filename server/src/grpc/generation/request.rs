@@ -1,0 +1,110 @@
+//! From the wire: [`GenerateRequest`] to [`RawRequest`]. Only presence and shape are checked here; ranges
+//! are admission's.
+
+use model_zoo::compression::CompressionOptions;
+use rheostat_proto::rheostat::v1::generate_request::Prompt as WirePrompt;
+use rheostat_proto::rheostat::v1::{
+    ChatMessage, ChatPrompt as WireChat, Compression, GenerateRequest, SamplingParams as WireSampling,
+};
+use serde_json::{Map, Value as Json};
+
+use crate::error::Error;
+use crate::request::{ChatPrompt, Prompt, RawRequest, SamplingParams};
+
+use super::super::json;
+
+/// The request as admission takes it.
+///
+/// # Errors
+/// [`crate::error::ErrorKind::InvalidArgument`]: no prompt, an unsupported method of compression, a
+/// number that JSON does not have.
+pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error> {
+    let prompt = match message.prompt {
+        Some(WirePrompt::Text(text)) => Prompt::Text(text),
+        Some(WirePrompt::Tokens(tokens)) => Prompt::Tokens(tokens.ids),
+        Some(WirePrompt::Chat(chat)) => Prompt::Chat(Box::new(chat_prompt(chat)?)),
+        None => return Err(Error::invalid("prompt", "one of text, tokens and chat is required")),
+    };
+    Ok(RawRequest {
+        id: message.request_id,
+        model: message.model,
+        prompt,
+        sampling: sampling_params(message.sampling.unwrap_or_default()),
+        max_tokens: message.max_tokens,
+        n: message.n.unwrap_or(1).into(),
+        echo: message.echo,
+        prompt_logprobs: message.prompt_logprobs,
+        compression: compression_options(message.compression.unwrap_or_default())?,
+    })
+}
+
+/// The chat as templates expect it: messages as OpenAI's JSON objects.
+///
+/// # Errors
+/// As [`raw_request`].
+fn chat_prompt(chat: WireChat) -> Result<ChatPrompt, Error> {
+    let tool = |fields| Ok(Json::Object(json::object("chat.tools", fields)?));
+    Ok(ChatPrompt {
+        messages: chat.messages.into_iter().map(chat_message).collect::<Result<_, _>>()?,
+        tools: chat.tools.into_iter().map(tool).collect::<Result<_, Error>>()?,
+        template_args: json::object("chat.template_args", chat.template_args.unwrap_or_default())?,
+        add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+    })
+}
+
+fn chat_message(message: ChatMessage) -> Result<Json, Error> {
+    let mut fields = Map::new();
+    fields.insert("role".into(), message.role.into());
+    fields.insert("content".into(), message.content.map_or(Json::Null, Json::from));
+    for (name, text) in [("name", message.name), ("tool_call_id", message.tool_call_id)] {
+        if let Some(text) = text {
+            fields.insert(name.into(), text.into());
+        }
+    }
+    if !message.tool_calls.is_empty() {
+        let call = |fields| Ok(Json::Object(json::object("chat.messages.tool_calls", fields)?));
+        let calls = message.tool_calls.into_iter().map(call).collect::<Result<_, Error>>()?;
+        fields.insert("tool_calls".into(), Json::Array(calls));
+    }
+    Ok(Json::Object(fields))
+}
+
+fn sampling_params(wire: WireSampling) -> SamplingParams {
+    let default = SamplingParams::default();
+    SamplingParams {
+        temperature: wire.temperature.unwrap_or(default.temperature),
+        top_p: wire.top_p.unwrap_or(default.top_p),
+        top_k: wire.top_k.unwrap_or(default.top_k),
+        min_p: wire.min_p.unwrap_or(default.min_p),
+        seed: wire.seed,
+        repetition_penalty: wire.repetition_penalty.unwrap_or(default.repetition_penalty),
+        presence_penalty: wire.presence_penalty.unwrap_or(default.presence_penalty),
+        frequency_penalty: wire.frequency_penalty.unwrap_or(default.frequency_penalty),
+        logit_bias: wire.logit_bias.into_iter().collect(),
+        logprobs: wire.logprobs,
+        stop: wire.stop,
+        stop_token_ids: wire.stop_token_ids,
+        ignore_eos: wire.ignore_eos,
+        min_tokens: wire.min_tokens.map_or(default.min_tokens, |n| n as usize),
+        include_stop: wire.include_stop,
+        skip_special_tokens: wire.skip_special_tokens.unwrap_or(default.skip_special_tokens),
+    }
+}
+
+/// Methods that are on the wire but not in the zoo are refused, never dropped: a client that asks for
+/// less of the model must not be answered by all of it unawares.
+fn compression_options(wire: Compression) -> Result<CompressionOptions, Error> {
+    let Compression { profile, skip_decode, ffn_skip, drop, think, vision, bitstack } = wire;
+    let methods = [
+        ("compression.skip_decode", skip_decode.is_some()),
+        ("compression.ffn_skip", ffn_skip.is_some()),
+        ("compression.drop", drop.is_some()),
+        ("compression.think", think.is_some()),
+        ("compression.vision", vision.is_some()),
+        ("compression.bitstack", bitstack.is_some()),
+    ];
+    if let Some((name, _)) = methods.iter().find(|(_, asked)| *asked) {
+        return Err(Error::invalid(name, format!("{name} is not supported by this version")));
+    }
+    Ok(CompressionOptions { profile: Some(profile).filter(|p| !p.is_empty()) })
+}

@@ -1,0 +1,80 @@
+//! `rheostat.v1.TokenizationService`.
+
+use rheostat_proto::rheostat::v1::tokenization_service_server::TokenizationService;
+use rheostat_proto::rheostat::v1::tokenize_request::Prompt;
+use rheostat_proto::rheostat::v1::{
+    DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse,
+};
+use tonic::{Request, Response, Status};
+
+use crate::error::Error;
+use crate::service::Service;
+
+use super::status;
+
+/// Encodes and decodes with the served model's tokenizer, off the async threads.
+pub(super) struct Tokenization {
+    service: Service,
+}
+
+impl Tokenization {
+    pub(super) fn new(service: Service) -> Self {
+        Self { service }
+    }
+}
+
+#[tonic::async_trait]
+impl TokenizationService for Tokenization {
+    async fn tokenize(
+        &self,
+        request: Request<TokenizeRequest>,
+    ) -> Result<Response<TokenizeResponse>, Status> {
+        let request = request.into_inner();
+        self.service.check_model(&request.model)?;
+        let service = self.service.clone();
+        let work = move || tokenize(&service, request);
+        let response = tokio::task::spawn_blocking(work).await.map_err(|e| status::task_failed(&e))?;
+        Ok(Response::new(response?))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<DetokenizeRequest>,
+    ) -> Result<Response<DetokenizeResponse>, Status> {
+        let request = request.into_inner();
+        self.service.check_model(&request.model)?;
+        let service = self.service.clone();
+        let work = move || detokenize(&service, &request);
+        let response = tokio::task::spawn_blocking(work).await.map_err(|e| status::task_failed(&e))?;
+        Ok(Response::new(response?))
+    }
+}
+
+fn tokenize(service: &Service, request: TokenizeRequest) -> Result<TokenizeResponse, Error> {
+    let tokenizer = service.tokenizer();
+    let special = request.add_special_tokens.unwrap_or(true);
+    let encoded = match request.prompt {
+        Some(Prompt::Text(text)) => tokenizer.encode(&text, special),
+        Some(Prompt::Chat(_)) => return Err(Error::invalid("chat", "chat is not supported by this version")),
+        None => return Err(Error::invalid("prompt", "one of text and chat is required")),
+    };
+    let token_ids = encoded.map_err(|e| status::tokenizer_error("prompt", &e))?;
+    let tokens = match request.return_tokens {
+        true => token_ids.iter().map(|&id| tokenizer.id_to_token(id).unwrap_or_default()).collect(),
+        false => Vec::new(),
+    };
+    Ok(TokenizeResponse { token_ids, tokens, max_model_len: service.model().max_model_len as u32 })
+}
+
+fn detokenize(service: &Service, request: &DetokenizeRequest) -> Result<DetokenizeResponse, Error> {
+    let tokenizer = service.tokenizer();
+    let size = tokenizer.vocab_size();
+    if let Some(id) = request.token_ids.iter().find(|&&id| id as usize >= size) {
+        return Err(Error::invalid(
+            "token_ids",
+            format!("token {id} is not in the vocabulary of {size} tokens"),
+        ));
+    }
+    let text = tokenizer.decode(&request.token_ids, request.skip_special_tokens);
+    Ok(DetokenizeResponse { text: text.map_err(|e| status::tokenizer_error("token_ids", &e))? })
+}
