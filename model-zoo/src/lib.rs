@@ -12,6 +12,7 @@ pub mod config;
 pub mod error;
 pub mod kernels;
 pub mod kv_cache;
+pub mod layers;
 pub mod models;
 pub mod step;
 pub mod tokenizer;

@@ -1,6 +1,8 @@
 //! Decoders. One trait between the engine and every model.
 
 use crate::Result;
+pub mod decoder;
+
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::step::StepBatch;
 

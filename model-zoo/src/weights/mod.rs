@@ -1,5 +1,6 @@
 //! Weight files: named tensors as the bytes that the file holds, before any repacking.
 
+pub mod blocks;
 pub(crate) mod file;
 pub mod gguf;
 pub mod safetensors;

@@ -1,7 +1,6 @@
 //! Unquantized weight matrices (F32, F16, BF16) times f32 activations.
 
-use half::{bf16, f16};
-
+use super::convert::{widen_bf16, widen_f16};
 use super::isa::Isa;
 use super::packed::Write;
 use super::pool::{Disjoint, Pool};
@@ -100,24 +99,6 @@ impl DenseMatrix {
 }
 
 multiversion! {
-    /// f16 bits as f32.
-    pub(crate) fn widen_f16(from: &[u16], to: &mut [f32]) {
-        for (to, &from) in to.iter_mut().zip(from) {
-            *to = f16::from_bits(from).to_f32_const();
-        }
-    }
-}
-
-multiversion! {
-    /// bfloat16 bits as f32.
-    pub(crate) fn widen_bf16(from: &[u16], to: &mut [f32]) {
-        for (to, &from) in to.iter_mut().zip(from) {
-            *to = bf16::from_bits(from).to_f32_const();
-        }
-    }
-}
-
-multiversion! {
     /// Dot products of `w` with up to four rows of `x`, each in its own lanes.
     fn dot_tile(w: &[f32], x: &[f32], sums: &mut [f32; TILE]) {
         for (x, sum) in x.chunks_exact(w.len()).zip(sums) {
@@ -140,6 +121,7 @@ multiversion! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
     use rand::{Rng, SeedableRng};
 
     #[test]

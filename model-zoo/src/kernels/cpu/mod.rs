@@ -4,9 +4,12 @@
 //! floating-point operations depends on the row alone.
 
 pub mod aligned;
+pub mod attention;
+pub mod convert;
 pub mod dense;
 pub mod isa;
 pub mod packed;
 pub mod pool;
 pub mod quantize;
+pub mod rows;
 pub mod vector;

@@ -201,6 +201,7 @@ fn next_epoch(shared: &Shared, seen: usize) -> Option<usize> {
 }
 
 /// A slice whose disjoint parts are written by the chunks of one region.
+#[derive(Debug)]
 pub(crate) struct Disjoint<'a, T> {
     start: *mut T,
     len: usize,

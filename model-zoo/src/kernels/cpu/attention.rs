@@ -1,0 +1,321 @@
+//! Causal attention straight over the pages of the KV cache, for decode rows and prefill chunks alike.
+//!
+//! A task is one KV head and a tile of queries of one sequence; the query heads that share the KV head
+//! share each page's conversion to f32. Pages are visited in order with an online softmax
+//! (arXiv 1805.02867), sixteen slots at a time, so that a query's result has the same bits in any tile.
+//! Slots that the sequence has not written may hold anything, NaN included: their scores are masked and
+//! their values replaced by zeros before use.
+
+use super::convert::{narrow_f16, widen_f16};
+use super::isa::Isa;
+use super::pool::Disjoint;
+use super::vector::{exp, multiversion};
+use crate::kv_cache::{KvLayout, PageId};
+use crate::layers::linear::Cpu;
+
+/// Slots in the lanes of a vector. A page's block size is a multiple.
+pub const SLOTS: usize = 16;
+/// Query vectors in a task, about.
+const QUERIES: usize = 16;
+
+/// What the heads of a layer are like.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape {
+    /// Query heads, a multiple of the layout's KV heads.
+    pub num_heads: usize,
+    /// Page geometry.
+    pub layout: KvLayout,
+    /// Multiplies scores.
+    pub scale: f32,
+    /// A query sees this many slots, its own included; `None` sees all before it.
+    pub window: Option<usize>,
+}
+
+/// One sequence's queries: `num_tokens` rows of the step from `first_token`, at KV slots from `kv_start`.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment<'a> {
+    /// Row of the first query in `q` and `out`.
+    pub first_token: usize,
+    /// Queries.
+    pub num_tokens: usize,
+    /// KV slot of the first query; slots before it were written by earlier steps.
+    pub kv_start: usize,
+    /// Pages of the sequence in this layer.
+    pub block_table: &'a [PageId],
+}
+
+impl AttentionShape {
+    fn group(&self) -> usize {
+        self.num_heads / self.layout.num_kv_heads
+    }
+}
+
+/// `out = softmax(q·Kᵀ·scale)·V` for every segment; `q` and `out` are `[n, num_heads · head_dim]`.
+///
+/// The caller has checked that block tables cover the segments and page ids lie in `pages`.
+pub fn attention(
+    cpu: &Cpu,
+    shape: &AttentionShape,
+    segments: &[Segment<'_>],
+    (q, pages, out): (&[f32], &[u16], &mut [f32]),
+) {
+    assert!(shape.layout.block_size.is_multiple_of(SLOTS), "invariant: checked by the decoder");
+    let tokens_per_task = (QUERIES / shape.group()).max(1);
+    let mut tasks = Vec::new();
+    for (index, segment) in segments.iter().enumerate() {
+        // Late tiles see more keys: taking them first levels the threads.
+        for tile in (0..segment.num_tokens.div_ceil(tokens_per_task)).rev() {
+            tasks.extend((0..shape.layout.num_kv_heads).map(|head| (index, tile * tokens_per_task, head)));
+        }
+    }
+    let width = shape.num_heads * shape.layout.head_dim;
+    let (shared, isa) = (Disjoint::new(out), cpu.isa);
+    cpu.pool.run(tasks.len(), |task| {
+        let (index, first, kv_head) = tasks[task];
+        let segment = segments[index];
+        let count = tokens_per_task.min(segment.num_tokens - first);
+        let mut tile = QueryTile::new(shape, kv_head, segment.kv_start + first, count);
+        tile.load(q, (segment.first_token + first) * width, width);
+        tile.run(isa, segment, pages);
+        for i in 0..count {
+            for head in 0..shape.group() {
+                let at = (segment.first_token + first + i) * width
+                    + (kv_head * shape.group() + head) * shape.layout.head_dim;
+                // SAFETY: a (token, query head) pair belongs to one task.
+                let out = unsafe { shared.part(at, shape.layout.head_dim) };
+                tile.finish(i * shape.group() + head, out);
+            }
+        }
+    });
+}
+
+/// A task's queries and their running softmax.
+struct QueryTile<'a> {
+    shape: &'a AttentionShape,
+    kv_head: usize,
+    /// KV slot of the first token.
+    slot: usize,
+    tokens: usize,
+    /// `[queries, head_dim]`, scaled
+    q: Vec<f32>,
+    /// `[queries, head_dim]`
+    acc: Vec<f32>,
+    /// Running maximum of the scores, `[queries]`
+    max: Vec<f32>,
+    /// Running sum of the weights in sixteen lanes, `[queries, 16]`
+    sum: Vec<f32>,
+    /// `[queries, 16]`
+    scores: Vec<f32>,
+    /// Sixteen slots' keys `[head_dim, 16]` and values `[16, head_dim]` in f32
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl<'a> QueryTile<'a> {
+    fn new(shape: &'a AttentionShape, kv_head: usize, slot: usize, tokens: usize) -> Self {
+        let (queries, dim) = (tokens * shape.group(), shape.layout.head_dim);
+        Self {
+            shape,
+            kv_head,
+            slot,
+            tokens,
+            q: Vec::with_capacity(queries * dim),
+            acc: vec![0.0; queries * dim],
+            max: vec![f32::NEG_INFINITY; queries],
+            sum: vec![0.0; queries * SLOTS],
+            scores: vec![0.0; queries * SLOTS],
+            keys: vec![0.0; dim * SLOTS],
+            values: vec![0.0; dim * SLOTS],
+        }
+    }
+
+    fn load(&mut self, q: &[f32], first: usize, width: usize) {
+        let dim = self.shape.layout.head_dim;
+        let (group, scale) = (self.shape.group(), self.shape.scale);
+        for token in 0..self.tokens {
+            let at = first + token * width + self.kv_head * group * dim;
+            self.q.extend(q[at..at + group * dim].iter().map(|v| v * scale));
+        }
+    }
+
+    fn run(&mut self, isa: Isa, segment: Segment<'_>, pages: &[u16]) {
+        let block_size = self.shape.layout.block_size;
+        let written = segment.kv_start + segment.num_tokens;
+        let end = self.slot + self.tokens;
+        let first = self.shape.window.map_or(0, |w| (self.slot + 1).saturating_sub(w)) / SLOTS * SLOTS;
+        for start in (first..end).step_by(SLOTS) {
+            let page = segment.block_table[start / block_size] as usize;
+            let page = &pages[page * self.shape.layout.page_len()..][..self.shape.layout.page_len()];
+            self.load_slots(isa, page, start % block_size, written - start);
+            score(isa, &self.q, &self.keys, &mut self.scores);
+            self.weigh(isa, start);
+            accumulate(isa, &self.scores, &self.values, &mut self.acc);
+        }
+    }
+
+    /// Converts sixteen slots from `offset` of a page; only the first `written` hold this sequence's data.
+    fn load_slots(&mut self, isa: Isa, page: &[u16], offset: usize, written: usize) {
+        let KvLayout { num_kv_heads, head_dim, block_size } = self.shape.layout;
+        let keys = &page[self.kv_head * head_dim * block_size..][..head_dim * block_size];
+        let all_values = &page[num_kv_heads * head_dim * block_size..];
+        let values = &all_values[(self.kv_head * block_size + offset) * head_dim..][..SLOTS * head_dim];
+        if block_size == SLOTS {
+            widen_f16(isa, keys, &mut self.keys);
+        } else {
+            for (from, to) in keys.chunks_exact(block_size).zip(self.keys.chunks_exact_mut(SLOTS)) {
+                widen_f16(isa, &from[offset..offset + SLOTS], to);
+            }
+        }
+        let live = written.min(SLOTS) * head_dim;
+        widen_f16(isa, &values[..live], &mut self.values[..live]);
+        self.values[live..].fill(0.0);
+    }
+
+    /// Turns the scores of the slots from `start` into softmax weights relative to the running maximum.
+    fn weigh(&mut self, isa: Isa, start: usize) {
+        let (group, dim) = (self.shape.group(), self.shape.layout.head_dim);
+        for query in 0..self.max.len() {
+            let own = self.slot + query / group;
+            let low = self.shape.window.map_or(0, |w| (own + 1).saturating_sub(w));
+            let state = Running {
+                visible: low.saturating_sub(start).min(SLOTS)..(own + 1).saturating_sub(start).min(SLOTS),
+                max: &mut self.max[query],
+                sum: &mut self.sum[query * SLOTS..][..SLOTS],
+                acc: &mut self.acc[query * dim..][..dim],
+            };
+            soften(isa, &mut self.scores[query * SLOTS..][..SLOTS], state);
+        }
+    }
+
+    fn finish(&self, query: usize, out: &mut [f32]) {
+        let dim = self.shape.layout.head_dim;
+        let total: f32 = self.sum[query * SLOTS..][..SLOTS].iter().sum();
+        let inverse = 1.0 / total;
+        for (out, acc) in out.iter_mut().zip(&self.acc[query * dim..][..dim]) {
+            *out = acc * inverse;
+        }
+    }
+}
+
+/// A query's online softmax.
+struct Running<'a> {
+    /// Which of the sixteen slots the query may see.
+    visible: std::ops::Range<usize>,
+    max: &'a mut f32,
+    sum: &'a mut [f32],
+    acc: &'a mut [f32],
+}
+
+multiversion! {
+    /// One query's sixteen scores → weights; rescales what was accumulated when the maximum grows.
+    fn soften(scores: &mut [f32], state: Running<'_>) {
+        let Running { visible, max, sum, acc } = state;
+        if visible.is_empty() {
+            scores.fill(0.0);
+            return;
+        }
+        for (slot, score) in scores.iter_mut().enumerate() {
+            *score = if visible.contains(&slot) { *score } else { f32::NEG_INFINITY };
+        }
+        let mut top = *max;
+        for &score in scores.iter() {
+            top = top.max(score);
+        }
+        if top > *max {
+            let shrink = exp(*max - top);
+            sum.iter_mut().for_each(|v| *v *= shrink);
+            acc.iter_mut().for_each(|v| *v *= shrink);
+            *max = top;
+        }
+        for (score, sum) in scores.iter_mut().zip(sum) {
+            *score = exp(*score - top);
+            *sum += *score;
+        }
+    }
+}
+
+multiversion! {
+    /// `scores[query] = Σ_c q[query][c] · keys[c]`, channels in order.
+    fn score(q: &[f32], keys: &[f32], scores: &mut [f32]) {
+        let dim = keys.len() / SLOTS;
+        let mut tiles = q.chunks_exact(4 * dim);
+        let mut outs = scores.chunks_exact_mut(4 * SLOTS);
+        for (q, out) in (&mut tiles).zip(&mut outs) {
+            let (q0, rest) = q.split_at(dim);
+            let (q1, rest) = rest.split_at(dim);
+            let (q2, q3) = rest.split_at(dim);
+            let mut lanes = [[0f32; SLOTS]; 4];
+            for ((((k, a), b), c), d) in keys.chunks_exact(SLOTS).zip(q0).zip(q1).zip(q2).zip(q3) {
+                for s in 0..SLOTS {
+                    lanes[0][s] += a * k[s];
+                    lanes[1][s] += b * k[s];
+                    lanes[2][s] += c * k[s];
+                    lanes[3][s] += d * k[s];
+                }
+            }
+            out.copy_from_slice(lanes.as_flattened());
+        }
+        for (q, out) in tiles.remainder().chunks_exact(dim).zip(outs.into_remainder().chunks_exact_mut(SLOTS)) {
+            let mut lanes = [0f32; SLOTS];
+            for (k, a) in keys.chunks_exact(SLOTS).zip(q) {
+                for s in 0..SLOTS {
+                    lanes[s] += a * k[s];
+                }
+            }
+            out.copy_from_slice(&lanes);
+        }
+    }
+}
+
+multiversion! {
+    /// `acc[query] += Σ_s weights[query][s] · values[s]`, slots in order.
+    fn accumulate(weights: &[f32], values: &[f32], acc: &mut [f32]) {
+        let dim = values.len() / SLOTS;
+        for (weights, acc) in weights.chunks_exact(SLOTS).zip(acc.chunks_exact_mut(dim)) {
+            let mut start = 0;
+            while start + 32 <= dim {
+                let mut lanes = [0f32; 32];
+                lanes.copy_from_slice(&acc[start..start + 32]);
+                for (w, v) in weights.iter().zip(values.chunks_exact(dim)) {
+                    for (lane, v) in lanes.iter_mut().zip(&v[start..start + 32]) {
+                        *lane += w * v;
+                    }
+                }
+                acc[start..start + 32].copy_from_slice(&lanes);
+                start += 32;
+            }
+            for c in start..dim {
+                for (w, v) in weights.iter().zip(values.chunks_exact(dim)) {
+                    acc[c] += w * v[c];
+                }
+            }
+        }
+    }
+}
+
+/// Writes one token's `k` and `v`, `[num_kv_heads, head_dim]`, to `slot` of a sequence.
+pub fn write_kv(
+    isa: Isa,
+    (layout, pages): (KvLayout, &mut [u16]),
+    (block_table, slot): (&[PageId], usize),
+    (k, v): (&[f32], &[f32]),
+) {
+    let KvLayout { num_kv_heads, head_dim, block_size } = layout;
+    let page = block_table[slot / block_size] as usize;
+    let page = &mut pages[page * layout.page_len()..][..layout.page_len()];
+    let (keys, values) = page.split_at_mut(num_kv_heads * head_dim * block_size);
+    let offset = slot % block_size;
+    let mut bits = [0u16; 64];
+    for (from, to) in k.chunks(64).zip(keys.chunks_mut(64 * block_size)) {
+        narrow_f16(isa, from, &mut bits[..from.len()]);
+        for (bits, channel) in bits.iter().zip(to.chunks_exact_mut(block_size)) {
+            channel[offset] = *bits;
+        }
+    }
+    for (v, head) in v.chunks_exact(head_dim).zip(values.chunks_exact_mut(block_size * head_dim)) {
+        narrow_f16(isa, v, &mut head[offset * head_dim..(offset + 1) * head_dim]);
+    }
+}
+
+#[cfg(test)]
+mod tests;

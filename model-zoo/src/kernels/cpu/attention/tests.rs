@@ -1,0 +1,100 @@
+use half::f16;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+use crate::kernels::cpu::pool::Pool;
+use crate::kv_cache::KvCache;
+
+/// A random sequence of `len` tokens in shuffled pages, every unwritten slot NaN.
+struct Case {
+    shape: AttentionShape,
+    table: Vec<PageId>,
+    kv: KvCache,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    len: usize,
+}
+
+fn case(len: usize, block_size: usize, window: Option<usize>) -> Case {
+    let layout = KvLayout { num_kv_heads: 2, head_dim: 40, block_size };
+    let shape = AttentionShape { num_heads: 6, layout, scale: 0.3, window };
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(len as u64);
+    let pages = len.div_ceil(block_size);
+    let mut kv = KvCache::new(layout, pages + 3);
+    (0..pages + 3).for_each(|page| kv.poison(page as PageId));
+    let table: Vec<PageId> = (0..pages as PageId).map(|p| (p * 7 + 2) % (pages as PageId + 3)).collect();
+    let table = if (pages + 3).is_multiple_of(7) { (0..pages as PageId).rev().collect() } else { table };
+    // Values that f16 holds exactly, so that the formula sees what the pages hold.
+    let mut random = |n: usize| -> Vec<f32> {
+        (0..n).map(|_| f16::from_f32(rng.random_range(-2.0..2.0)).to_f32()).collect()
+    };
+    let (q, k, v) = (random(len * 240), random(len * 80), random(len * 80));
+    let isa = Isa::detect();
+    for t in 0..len {
+        let token = t * 80..(t + 1) * 80;
+        write_kv(isa, (layout, kv.as_bits_mut()), (&table, t), (&k[token.clone()], &v[token]));
+    }
+    Case { shape, table, kv, q, k, v, len }
+}
+
+impl Case {
+    /// Softmax attention of token `t`, head `h`, by the formula in f64.
+    fn truth(&self, t: usize, h: usize) -> Vec<f64> {
+        let kv_head = h / 3;
+        let first = self.shape.window.map_or(0, |w| (t + 1).saturating_sub(w));
+        let at = |x: &[f32], s: usize, c: usize| f64::from(x[s * 80 + kv_head * 40 + c]);
+        let score = |s: usize| -> f64 {
+            (0..40).map(|c| f64::from(self.q[t * 240 + h * 40 + c]) * at(&self.k, s, c)).sum::<f64>() * 0.3
+        };
+        let weights: Vec<f64> = (first..=t).map(|s| score(s).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        (0..40).map(|c| (first..=t).map(|s| weights[s - first] / total * at(&self.v, s, c)).sum()).collect()
+    }
+
+    fn run(&self, isa: Isa, first: usize, count: usize) -> Vec<f32> {
+        let cpu = Cpu { pool: Pool::new(2), isa };
+        let segment =
+            Segment { first_token: 0, num_tokens: count, kv_start: first, block_table: &self.table };
+        let mut out = vec![f32::NAN; count * 240];
+        let q = &self.q[first * 240..(first + count) * 240];
+        attention(&cpu, &self.shape, &[segment], (q, self.kv.as_bits(), &mut out));
+        out
+    }
+}
+
+#[test]
+fn equals_the_formula_and_never_reads_unwritten_slots() {
+    for (len, block_size, window) in
+        [(1, 16, None), (17, 16, None), (70, 32, None), (61, 16, Some(9)), (90, 32, Some(40))]
+    {
+        let case = case(len, block_size, window);
+        for isa in Isa::available() {
+            let out = case.run(isa, 0, len);
+            for t in 0..len {
+                for h in 0..6 {
+                    for (a, b) in out[t * 240 + h * 40..][..40].iter().zip(case.truth(t, h)) {
+                        assert!((f64::from(*a) - b).abs() < 2e-5, "{isa:?} {len} {t} {h}: {a} {b}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_query_has_the_same_bits_in_any_chunk() {
+    for window in [None, Some(21)] {
+        let case = case(75, 16, window);
+        for isa in Isa::available() {
+            let whole = case.run(isa, 0, case.len);
+            for chunk in [1, 7, 32] {
+                // Slots after the chunk are written in the whole run and hold later tokens here: both unseen.
+                for first in (0..case.len).step_by(chunk) {
+                    let count = chunk.min(case.len - first);
+                    assert_eq!(case.run(isa, first, count), whole[first * 240..(first + count) * 240]);
+                }
+            }
+        }
+    }
+}

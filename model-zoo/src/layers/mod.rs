@@ -1,0 +1,4 @@
+//! Building blocks of decoders, one kind a file.
+
+pub mod linear;
+pub mod rotary;
