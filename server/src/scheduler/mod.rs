@@ -30,6 +30,8 @@ mod resize;
 mod schedule;
 mod sequence;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod waiting_queue;
 
 pub use stats::SchedulerStats;

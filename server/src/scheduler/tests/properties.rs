@@ -1,0 +1,182 @@
+//! Random traces on tiny pools. [`Simulation`] checks every plan and every page on the way; here every
+//! accepted sequence must end and every page come back.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use model_zoo::compression::{KvDemand, PlanKey};
+
+use super::simulation::Simulation;
+use crate::scheduler::{SchedulerConfig, SeqId, SequenceSpec};
+
+#[derive(Debug, Clone)]
+enum Op {
+    Add(Request),
+    Step,
+    /// A step that fails.
+    Fail,
+    /// Something happens between a plan and its commit.
+    Interrupt(Box<Op>),
+    /// Of the live sequence at this index.
+    Abort(prop::sample::Index),
+    Stop(prop::sample::Index),
+    Resize(usize),
+}
+
+#[derive(Debug, Clone)]
+struct Request {
+    /// Prompts begin with one of three texts, so that they share prefixes of any length.
+    text: u64,
+    text_len: usize,
+    rest: Vec<u32>,
+    max_tokens: usize,
+    num_choices: u64,
+    salt: u64,
+    plan_key: u64,
+    bypass: bool,
+}
+
+fn request() -> impl Strategy<Value = Request> {
+    let rare = || prop::bool::weighted(0.1);
+    (0..3u64, 0..30usize, vec(0..2u32, 0..4), 0..12usize, 1..4u64, rare(), rare(), rare()).prop_map(
+        |(text, text_len, rest, max_tokens, num_choices, salt, plan_key, bypass)| Request {
+            text,
+            text_len,
+            rest,
+            max_tokens,
+            num_choices,
+            salt: salt.into(),
+            plan_key: plan_key.into(),
+            bypass,
+        },
+    )
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let index = any::<prop::sample::Index>;
+    let between = prop_oneof![
+        3 => index().prop_map(Op::Abort),
+        1 => request().prop_map(Op::Add),
+        1 => (0..40usize).prop_map(Op::Resize),
+    ];
+    prop_oneof![
+        6 => request().prop_map(Op::Add),
+        20 => Just(Op::Step),
+        3 => Just(Op::Fail),
+        4 => between.prop_map(|op| Op::Interrupt(Box::new(op))),
+        2 => index().prop_map(Op::Abort),
+        3 => index().prop_map(Op::Stop),
+        1 => (0..40usize).prop_map(Op::Resize),
+    ]
+}
+
+fn config() -> impl Strategy<Value = SchedulerConfig> {
+    (1..24usize, 1..7usize, 1..6usize, 4..40usize, prop::bool::weighted(0.85)).prop_map(
+        |(max_num_batched_tokens, max_num_seqs, block_size, num_pages, prefix_caching)| SchedulerConfig {
+            max_num_batched_tokens,
+            max_num_seqs,
+            block_size,
+            num_pages,
+            prefix_caching,
+        },
+    )
+}
+
+struct Run {
+    simulation: Simulation,
+    num_layers: usize,
+    next_id: u64,
+    next_group: u64,
+}
+
+impl Run {
+    fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Add(request) => self.add(request),
+            Op::Step => drop(self.simulation.step()),
+            Op::Fail => {
+                let plan = self.simulation.schedule();
+                self.simulation.fail(&plan);
+            }
+            Op::Interrupt(op) => {
+                let plan = self.simulation.schedule();
+                self.simulation.forward(&plan);
+                self.apply(op);
+                self.simulation.commit(&plan);
+            }
+            Op::Abort(index) => {
+                if let Some(id) = self.pick(index) {
+                    self.simulation.abort(id);
+                }
+            }
+            Op::Stop(index) => {
+                let id = self.pick(index);
+                self.simulation.finishing.extend(id);
+            }
+            Op::Resize(num_pages) => drop(self.simulation.resize(*num_pages)),
+        }
+    }
+
+    fn add(&mut self, request: &Request) {
+        let mut prompt: Vec<u32> =
+            (0..request.text_len as u64).map(|i| (text_bit(request.text, i)) as u32).collect();
+        prompt.extend(&request.rest);
+        self.next_group += 1;
+        for choice in 0..request.num_choices {
+            // Refusal (an empty prompt, a pool too small) is among what is tried.
+            let added = self.simulation.add(SequenceSpec {
+                id: SeqId(self.next_id),
+                group: self.next_group,
+                prompt: prompt.as_slice().into(),
+                max_tokens: request.max_tokens,
+                demand: KvDemand::dense(self.num_layers),
+                plan_key: PlanKey(request.plan_key),
+                cache_salt: request.salt,
+                bypass_prefix_cache: request.bypass && choice == 0,
+            });
+            self.next_id += u64::from(added.is_ok());
+        }
+    }
+
+    fn pick(&self, index: &prop::sample::Index) -> Option<SeqId> {
+        let live = self.simulation.live();
+        if live.is_empty() { None } else { Some(*index.get(&live)) }
+    }
+}
+
+/// Token `i` of an endless text that does not repeat.
+fn text_bit(text: u64, i: u64) -> u64 {
+    ((i + 1) * (i + 1) * 0x9e37 + text * 0x79b9 * (i + 3)) >> 5 & 1
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn pages_and_sequences_survive_any_order_of_events(
+        config in config(),
+        num_layers in 1..4usize,
+        ops in vec(op(), 1..80),
+    ) {
+        let mut run = Run { simulation: Simulation::new(config), num_layers, next_id: 0, next_group: 0 };
+        for op in &ops {
+            run.apply(op);
+        }
+        let mut simulation = run.simulation;
+        for id in simulation.live() {
+            simulation.finishing.remove(&id);
+        }
+        let (num_live, num_finished) = (simulation.live().len(), simulation.num_finished);
+        for _ in 0..20_000 {
+            if !simulation.scheduler.has_work() {
+                break;
+            }
+            simulation.step();
+        }
+        prop_assert_eq!(simulation.num_finished, num_finished + num_live, "every sequence ends");
+        prop_assert_eq!(simulation.scheduler.stats().pages_used, 0, "every page comes back");
+        prop_assert_eq!(simulation.resize(0), 0, "cached prefixes are evicted");
+        simulation.resize(7);
+        prop_assert_eq!(simulation.scheduler.stats().pages_free, 7);
+    }
+}
