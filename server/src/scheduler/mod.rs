@@ -212,8 +212,9 @@ impl Scheduler {
         self.plan = None;
         self.preempted.retain(|&preempted| preempted != id);
         self.reported.retain(|&preempted| preempted != id);
-        if !self.waiting.remove(id) {
-            self.running.retain(|&running| running != id);
+        match self.running.iter().position(|&running| running == id) {
+            Some(index) => drop(self.running.remove(index)),
+            None => self.waiting.remove(id),
         }
         self.drop_sequence(id);
         self.settle_num_pages();

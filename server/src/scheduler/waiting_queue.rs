@@ -65,15 +65,13 @@ impl WaitingQueue {
         }
     }
 
-    /// Removes a sequence wherever it is. False when it does not wait.
-    pub(super) fn remove(&mut self, id: SeqId) -> bool {
-        let before = self.len;
+    /// Removes a sequence wherever it is.
+    pub(super) fn remove(&mut self, id: SeqId) {
         self.preempted.retain(|&waiting| waiting != id);
         for group in &mut self.groups {
             group.seqs.retain(|&waiting| waiting != id);
         }
         self.groups.retain(|group| !group.seqs.is_empty());
         self.len = self.preempted.len() + self.groups.iter().map(|group| group.seqs.len()).sum::<usize>();
-        self.len < before
     }
 }

@@ -49,6 +49,25 @@ fn the_last_admitted_gives_way_and_resumes_before_others_from_what_is_cached() {
 }
 
 #[test]
+fn a_prefill_takes_pages_and_budget_from_a_later_decode_of_the_same_step() {
+    check(
+        "batched=5 pages=22",
+        "
+        add A a80 max=1
+        add B b1 max=50
+        run 16
+        => 16 steps | used 20 cached 0 free 2
+        step
+        => B[16..17]* A[64..68] | used 22 cached 0 free 0
+        step
+        => A[68..73] -B | used 19 cached 3 free 0
+        step
+        => A[73..78] | used 20 cached 2 free 0
+        ",
+    );
+}
+
+#[test]
 fn a_sequence_may_use_the_whole_pool() {
     check(
         "batched=4 pages=4",

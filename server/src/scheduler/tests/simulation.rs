@@ -76,8 +76,21 @@ impl Simulation {
         assert!(num_tokens <= self.config.max_num_batched_tokens);
         assert!(self.scheduler.stats().running <= self.config.max_num_seqs);
         assert_eq!(plan.rows.is_empty(), self.live.is_empty(), "there is a row as long as there is work");
+        self.check_no_decode_starves(&plan);
         self.check_pages();
         plan
+    }
+
+    /// Who is past its prompt has a row, unless there is no page for it.
+    fn check_no_decode_starves(&self, plan: &StepPlan) {
+        let stats = self.scheduler.stats();
+        for (&id, live) in &self.live {
+            let decoding = live.next_pos.is_some_and(|pos| pos + 1 == live.tokens.len());
+            if decoding && plan.rows.iter().all(|row| row.id != id) {
+                let num_layers = live.spec.demand.num_layers();
+                assert!(stats.pages_free + stats.pages_cached < num_layers, "{id:?} starves");
+            }
+        }
     }
 
     /// Writes KV for every row of the plan, checking what each row reads.

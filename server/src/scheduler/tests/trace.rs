@@ -9,7 +9,7 @@
 //!   has now. Also `group=G salt=N plan=N bypass`.
 //! * `step`: schedule, forward, commit. Prints the rows, `*` where one samples, `-A` where A was preempted,
 //!   and the pages after the commit. `plan` and `commit` are its halves; `fail` does not commit.
-//! * `stop A`: A ends with its next token. `abort A`, `resize N`, `stats`, `run` (steps to the end).
+//! * `stop A`: A ends with its next token. `abort A`, `resize N`, `stats`, `run` (steps to the end), `run N` (at most N).
 
 use std::sync::Arc;
 
@@ -78,8 +78,9 @@ impl Runner {
                 return Some(self.pages());
             }
             "run" => {
+                let limit = argument.parse().unwrap_or(usize::MAX);
                 let mut num_steps = 0;
-                while self.simulation.scheduler.has_work() {
+                while self.simulation.scheduler.has_work() && num_steps < limit {
                     self.simulation.step();
                     num_steps += 1;
                 }
