@@ -13,6 +13,7 @@ pub mod error;
 pub mod kernels;
 pub mod kv_cache;
 pub mod layers;
+pub mod loader;
 pub mod models;
 pub mod step;
 pub mod tokenizer;
