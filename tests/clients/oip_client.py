@@ -32,9 +32,9 @@ class Server:
         self.client = triton.InferenceServerClient(address)
         self.model = self.client.get_model_metadata("").name
 
-    def infer(self, *arguments, outputs=None, **fields):
+    def infer(self, inputs, outputs=None, **fields):
         requested = outputs and [triton.InferRequestedOutput(name) for name in outputs]
-        return self.client.infer(self.model, tensors(*arguments), outputs=requested, **fields)
+        return self.client.infer(self.model, inputs, outputs=requested, **fields)
 
 
 class Stream:
@@ -46,9 +46,9 @@ class Stream:
         self.responses = queue.Queue()
         self.client.start_stream(lambda result, error: self.responses.put((result, error)))
 
-    def send(self, *arguments, **fields):
-        fields.setdefault("enable_empty_final_response", True)
-        self.client.async_stream_infer(fields.pop("model", self.model), tensors(*arguments), **fields)
+    def send(self, inputs, model=None, enable_empty_final_response=True, **fields):
+        fields["enable_empty_final_response"] = enable_empty_final_response
+        self.client.async_stream_infer(model or self.model, inputs, **fields)
 
     def receive(self):
         return self.responses.get(timeout=60)
@@ -174,28 +174,28 @@ def check_config(server):
 
 
 def check_infer(server):
-    result = server.infer(request_id="42")
+    result = server.infer(tensors(), request_id="42")
     equal(result.get_response().id, "42", "id")
     equal(result.get_response().model_name, server.model, "model")
     (text,) = texts(result)
     check(text.startswith(PROMPT) and len(text) > len(PROMPT), f"text: {text!r}")
-    (bare,) = texts(server.infer(exclude_input_in_output=True))
+    (bare,) = texts(server.infer(tensors(exclude_input_in_output=True)))
     equal(PROMPT + bare, text, "the prompt is left out")
     check(reasons(result)[0] in ("stop", "length"), f"reason: {reasons(result)}")
     (count,) = result.as_numpy("num_output_tokens")
     check(0 < count <= 12 and result.as_numpy("num_input_tokens")[0] > 0, "token counts")
-    only = server.infer(outputs=["text_output"])
+    only = server.infer(tensors(), outputs=["text_output"])
     equal([output.name for output in only.get_response().outputs], ["text_output"], "requested outputs")
     by_parameters = server.client.infer(
         server.model, [tensor("text_input", PROMPT)], parameters={"temperature": 0, "max_tokens": 12}
     )
     equal(texts(by_parameters), [text], "sampling parameters outside the tensor")
-    as_strings = server.infer({"temperature": "0", "max_tokens": "12"})
+    as_strings = server.infer(tensors({"temperature": "0", "max_tokens": "12"}))
     equal(texts(as_strings), [text], "sampling parameters as strings")
 
 
 def check_choices(server):
-    result = server.infer({"temperature": 1.5, "seed": 3, "n": 2, "max_tokens": 8})
+    result = server.infer(tensors({"temperature": 1.5, "seed": 3, "n": 2, "max_tokens": 8}))
     equal((len(texts(result)), len(reasons(result))), (2, 2), "choices")
     equal(list(result.as_numpy("num_output_tokens").shape), [2], "counts a choice")
 
@@ -207,36 +207,36 @@ def check_errors(server):
         equal(caught[0].status(), f"StatusCode.{status}", caught[0].message())
         return caught[0].message()
 
-    check("stream" in refused("INVALID_ARGUMENT", lambda: server.infer(stream=True)), "names `stream`")
+    check("stream" in refused("INVALID_ARGUMENT", lambda: server.infer(tensors(stream=True))), "names `stream`")
     refused("NOT_FOUND", lambda: server.client.infer("no-such-model", tensors()))
-    refused("NOT_FOUND", lambda: server.infer(model_version="2"))
-    refused("INVALID_ARGUMENT", lambda: server.infer({"temprature": 1}))
-    refused("INVALID_ARGUMENT", lambda: server.infer({"max_tokens": -1}))
-    refused("INVALID_ARGUMENT", lambda: server.infer({"temperature": "nan"}))
-    refused("INVALID_ARGUMENT", lambda: server.infer(prompt=""))
-    refused("INVALID_ARGUMENT", lambda: server.infer(no_such_input=True))
-    refused("INVALID_ARGUMENT", lambda: server.infer(outputs=["logits"]))
+    refused("NOT_FOUND", lambda: server.infer(tensors(), model_version="2"))
+    refused("INVALID_ARGUMENT", lambda: server.infer(tensors({"temprature": 1})))
+    refused("INVALID_ARGUMENT", lambda: server.infer(tensors({"max_tokens": -1})))
+    refused("INVALID_ARGUMENT", lambda: server.infer(tensors({"temperature": "nan"})))
+    refused("INVALID_ARGUMENT", lambda: server.infer(tensors(prompt="")))
+    refused("INVALID_ARGUMENT", lambda: server.infer(tensors(no_such_input=True)))
+    refused("INVALID_ARGUMENT", lambda: server.infer(tensors(), outputs=["logits"]))
     refused("INVALID_ARGUMENT", lambda: server.client.infer(server.model, tensors()[1:]))
-    check(texts(server.infer()), "the server goes on")
+    check(texts(server.infer(tensors())), "the server goes on")
 
 
 def check_stream(server):
-    (whole,) = texts(server.infer(exclude_input_in_output=True))
+    (whole,) = texts(server.infer(tensors(exclude_input_in_output=True)))
     with Stream(server) as stream:
-        stream.send(stream=True, request_id="deltas")
+        stream.send(tensors(stream=True), request_id="deltas")
         results = stream.until_final()
         check(len(results) > 2, f"{len(results)} responses are no stream")
         equal("".join(texts(result)[0] for result in results), whole, "streamed and whole text")
         check({result.get_response().id for result in results} == {"deltas"}, "ids")
         check(reasons(results[-1])[0] in ("stop", "length"), "the last response says why")
         check(not any(reasons(result)[0] for result in results[:-1]), "no other does")
-        stream.send(exclude_input_in_output=True)
+        stream.send(tensors(exclude_input_in_output=True))
         equal([texts(result) for result in stream.until_final()], [[whole]], "one response unless streamed")
 
 
 def check_final_flag(server):
     with Stream(server) as stream:
-        stream.send(stream=True, enable_empty_final_response=False)
+        stream.send(tensors(stream=True), enable_empty_final_response=False)
         final = False
         while not final:
             result, error = stream.receive()
@@ -249,11 +249,11 @@ def check_concurrent_requests(server):
     prompts = {str(i): f"Once upon a time there were {i}" for i in range(2, 10)}
     expected = {}
     for name, prompt in prompts.items():
-        (expected[name],) = texts(server.infer(prompt=prompt, exclude_input_in_output=True))
+        (expected[name],) = texts(server.infer(tensors(prompt=prompt, exclude_input_in_output=True)))
     got, final, order = dict.fromkeys(prompts, ""), set(), []
     with Stream(server) as stream:
         for name, prompt in prompts.items():
-            stream.send(prompt=prompt, stream=True, request_id=name)
+            stream.send(tensors(prompt=prompt, stream=True), request_id=name)
         while len(final) < len(prompts):
             result, error = stream.receive()
             check(error is None, f"error in the stream: {error}")
@@ -270,24 +270,25 @@ def check_concurrent_requests(server):
 
 def check_stream_survives_errors(server):
     with Stream(server) as stream:
-        stream.send({"temprature": 1}, request_id="bad")
+        stream.send(tensors({"temprature": 1}), request_id="bad")
         result, error = stream.receive()
         check(error is not None and "temprature" in error.message(), f"error: {error}")
-        stream.send(model="no-such-model")
+        stream.send(tensors(), model="no-such-model")
         _, error = stream.receive()
         check(error is not None and "no-such-model" in error.message(), f"error: {error}")
-        stream.send(stream=True, exclude_input_in_output=False)
+        stream.send(tensors(stream=True, exclude_input_in_output=False))
         _, error = stream.receive()
         check(error is not None and "exclude_input_in_output" in error.message(), f"error: {error}")
-        stream.send(stream=True)
+        stream.send(tensors(stream=True))
         check(stream.until_final(), "the stream goes on")
 
 
 def check_cancelled_stream(server):
     with Stream(server) as stream:
-        stream.send({"temperature": 0, "max_tokens": 1000, "ignore_eos": True}, stream=True)
+        endless = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
+        stream.send(tensors(endless, stream=True))
         stream.receive()
-    check(texts(server.infer()), "the server goes on")
+    check(texts(server.infer(tensors())), "the server goes on")
 
 
 def main():

@@ -68,7 +68,7 @@ where
         let outcome = Outcome {
             metrics: self.layer.metrics.clone(),
             method: path.trim_start_matches('/').to_owned(),
-            code: None,
+            counted: false,
         };
         let deadline = timeout(request.headers()).map(|timeout| Instant::now() + timeout);
         let response = self.inner.call(request);
@@ -113,25 +113,31 @@ fn track(response: Response<Body>, deadline: Option<Instant>, mut outcome: Outco
     response.map(|inner| Body::new(TrackedBody { inner, sleep, outcome }))
 }
 
-/// Counts its call when it is dropped: with the status that was sent, or as cancelled when none was.
+/// Counts its call once: by the status that is sent, or as cancelled when it is dropped before there is one.
 struct Outcome {
     metrics: Arc<Metrics>,
     method: String,
-    code: Option<Code>,
+    counted: bool,
 }
 
 impl Outcome {
     /// Takes the status from headers (of a response that is only trailers) or trailers, if it is there.
     fn observe(&mut self, headers: &HeaderMap) {
         if let Some(status) = Status::from_header_map(headers) {
-            self.code = Some(status.code());
+            self.count(status.code());
+        }
+    }
+
+    fn count(&mut self, code: Code) {
+        if !std::mem::replace(&mut self.counted, true) {
+            self.metrics.grpc_request(&self.method, code);
         }
     }
 }
 
 impl Drop for Outcome {
     fn drop(&mut self) {
-        self.metrics.grpc_request(&self.method, self.code.unwrap_or(Code::Cancelled));
+        self.count(Code::Cancelled);
     }
 }
 
@@ -168,7 +174,7 @@ impl HttpBody for TrackedBody {
         let mut trailers = HeaderMap::new();
         let status = deadline_exceeded();
         status.add_header(&mut trailers)?;
-        self.outcome.code = Some(status.code());
+        self.outcome.count(status.code());
         Poll::Ready(Some(Ok(Frame::trailers(trailers))))
     }
 
