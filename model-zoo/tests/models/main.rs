@@ -4,6 +4,8 @@
 
 mod blocks;
 mod configs;
+mod download;
 mod logits;
 mod refusals;
+mod smollm2;
 mod support;
