@@ -1,8 +1,8 @@
 //! The gRPC front end: it converts messages, calls [`Service`], and converts back.
 //!
-//! One file a service: [`generation`], [`tokenization`], [`models`] of `rheostat.v1`; [`inference`], the
-//! Open Inference Protocol; [`health`]; and reflection, in both versions that clients ask for. Around all
-//! of them lies [`call`], which keeps deadlines and counts outcomes.
+//! One file a service: `generation`, `tokenization`, `models` of `rheostat.v1`; `inference`, the
+//! Open Inference Protocol; `health`; and reflection, in both versions that clients ask for. Around all
+//! of them lies `call`, which keeps deadlines and counts outcomes.
 //!
 //! Invariant: no handler spawns a task that outlives its call. A call that is cancelled is dropped, with
 //! it its [`crate::engine::TokenStream`], and with that the request.
