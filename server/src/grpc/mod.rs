@@ -4,8 +4,8 @@
 //! Open Inference Protocol; `health`; and reflection, in both versions that clients ask for. Around all
 //! of them lies `call`, which keeps deadlines and counts outcomes.
 //!
-//! Invariant: no handler spawns a task that outlives its call. A call that is cancelled is dropped, with
-//! it its [`crate::engine::TokenStream`], and with that the request.
+//! Invariant: a call owns its request. A call that is cancelled is dropped, with it its
+//! [`crate::engine::TokenStream`], and with that the request.
 
 mod call;
 mod completion;
