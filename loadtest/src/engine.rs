@@ -66,7 +66,10 @@ impl Bench {
         let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), sequences * layers * pages);
         let mut ids = 0..(sequences * layers * pages) as PageId;
         let sequences = (0..sequences)
-            .map(|_| Sequence { tables: (0..layers).map(|_| ids.by_ref().take(pages).collect()).collect(), len: 0 })
+            .map(|_| Sequence {
+                tables: (0..layers).map(|_| ids.by_ref().take(pages).collect()).collect(),
+                len: 0,
+            })
             .collect();
         Self { plan: Plan::dense(layers), model, kv, sequences }
     }
@@ -106,7 +109,10 @@ impl Bench {
         let vocab = self.model.dims().vocab_size;
         let logits = self.model.logits(0..tokens.len())?;
         let best = |row: &[f32]| {
-            row.iter().enumerate().fold((0, f32::MIN), |best, (i, &v)| if v > best.1 { (i, v) } else { best }).0
+            row.iter()
+                .enumerate()
+                .fold((0, f32::MIN), |best, (i, &v)| if v > best.1 { (i, v) } else { best })
+                .0
         };
         Ok(logits.chunks_exact(vocab).map(best).max().unwrap_or(0))
     }
