@@ -69,8 +69,8 @@ fn refuse_unsupported(json: &JsonObject) -> Result<()> {
     if json.get::<bool>("use_bidirectional_attention")?.unwrap_or(false) {
         return Err(json.unsupported("use_bidirectional_attention", "attention to later tokens"));
     }
-    if json.get::<bool>("mlp_bias")?.unwrap_or(false) {
-        return Err(json.unsupported("mlp_bias", "biases in the feed-forward block"));
+    if json.get::<bool>("rope_interleaved")?.unwrap_or(false) {
+        return Err(json.unsupported("rope_interleaved", "interleaved RoPE"));
     }
     if json.object("quantization_config")?.is_some() {
         return Err(json.unsupported("quantization_config", "quantized safetensors; use a GGUF file"));

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::support::{Distance, Sequence, fixtures};
+use crate::support::{Distance, fixtures, prompt_logits};
 
 /// How far logits, whose standard deviation is 2.5, may be off.
 #[derive(Clone, Copy)]
@@ -61,7 +61,7 @@ fn check(name: &str, model: &Path, expected: &Expected, tolerance: Tolerance) {
     let tokens = expected.tokens();
     for chunks in CHUNKS {
         let what = format!("{name} in chunks of {chunks:?}");
-        let logits = Sequence::new(model, tokens.len()).feed_chunks(&tokens, chunks);
+        let logits = prompt_logits(model, &tokens, chunks);
         assert_near(&what, &logits, &expected.logits("logits_f16_kv"), tolerance);
         if expected.0.contains_key("logits") {
             assert_near(&format!("{what}, f32 KV"), &logits, &expected.logits("logits"), F16_KV);

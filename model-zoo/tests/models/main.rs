@@ -8,4 +8,5 @@ mod download;
 mod logits;
 mod refusals;
 mod smollm2;
+mod steps;
 mod support;

@@ -29,7 +29,7 @@ fn a_config_is_refused_by_the_name_of_what_is_wrong() {
         ("gemma3", json!({"layer_types": ["full_attention"]}), "1 entries for 3 layers"),
         ("gemma3", json!({"layer_types": null, "_sliding_window_pattern": 0}), "pattern is 0"),
         ("llama", json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config"),
-        ("llama", json!({"mlp_bias": true}), "mlp_bias"),
+        ("llama", json!({"rope_interleaved": true}), "rope_interleaved"),
         ("llama", json!({"hidden_act": "relu"}), "\"relu\""),
         ("llama", json!({"hidden_size": null}), "hidden_size is missing"),
         ("llama", json!({"hidden_size": -64}), "hidden_size: invalid value"),

@@ -15,7 +15,7 @@ use candle_transformers::models::quantized_llama::ModelWeights;
 use tempfile::NamedTempFile;
 
 use crate::download::smollm2;
-use crate::support::{Distance, Sequence};
+use crate::support::{Distance, prompt_logits};
 
 /// Prefill in chunks that end inside pages.
 const CHUNKS: &[usize] = &[37, 1, 16];
@@ -76,7 +76,7 @@ fn smollm2_agrees_with_candle() {
     let reference = candle_logits(File::open(plain.path()).unwrap());
 
     // The same weights in f32: nothing differs but the f16 KV cache and the order of sums.
-    let ours = Sequence::new(plain.path(), PROMPT.len()).feed_chunks(&PROMPT, CHUNKS);
+    let ours = prompt_logits(plain.path(), &PROMPT, CHUNKS);
     let exact = Distance::between(&ours, &reference);
     println!("in f32: {exact:?}");
     assert!(exact.largest < 0.05, "in f32 we are off by {exact:?}");
@@ -84,7 +84,7 @@ fn smollm2_agrees_with_candle() {
 
     // The file itself: candle and we both quantize activations to 8 bits.
     let candle = candle_logits(File::open(&path).unwrap());
-    let ours = Sequence::new(&path, PROMPT.len()).feed_chunks(&PROMPT, CHUNKS);
+    let ours = prompt_logits(&path, &PROMPT, CHUNKS);
     let our_error = Distance::between(&ours, &reference);
     let their_error = Distance::between(&candle, &reference);
     let between = Distance::between(&ours, &candle);

@@ -30,64 +30,87 @@ pub(crate) fn config_with(fixture: &str, changes: serde_json::Value) -> model_zo
 /// KV slots in a page of these tests.
 const BLOCK_SIZE: usize = 16;
 
-/// One sequence over a paged KV cache whose pages are poisoned and handed out in a scattered order.
-pub(crate) struct Sequence {
-    model: Box<dyn CausalLm>,
-    kv: KvCache,
-    block_tables: Vec<Vec<PageId>>,
-    len: usize,
+/// A model over a paged KV cache whose pages are poisoned and handed out in a scattered order.
+pub(crate) struct Runner {
+    pub(crate) model: Box<dyn CausalLm>,
+    pub(crate) kv: KvCache,
+    free: Vec<PageId>,
 }
 
-impl Sequence {
-    /// A sequence of up to `capacity` tokens on the model at `path`.
-    pub(crate) fn new(path: &Path, capacity: usize) -> Self {
+/// A sequence's place in the cache.
+#[derive(Clone)]
+pub(crate) struct Sequence {
+    pub(crate) block_tables: Vec<Vec<PageId>>,
+    pub(crate) len: usize,
+}
+
+/// One sequence's part in a step of [`Runner::step`].
+pub(crate) struct Chunk<'a> {
+    pub(crate) sequence: &'a mut Sequence,
+    pub(crate) tokens: &'a [u32],
+    pub(crate) logits: LogitRows,
+}
+
+impl Runner {
+    /// The model at `path` with KV for `num_sequences` sequences of `capacity` tokens.
+    pub(crate) fn new(path: &Path, num_sequences: usize, capacity: usize) -> Self {
         let model = load(path, &LoadOptions::default()).unwrap().model;
-        let num_layers = model.dims().num_layers;
-        let blocks = capacity.div_ceil(BLOCK_SIZE);
-        let num_pages = num_layers * blocks;
+        let num_pages = num_sequences * model.dims().num_layers * capacity.div_ceil(BLOCK_SIZE);
         let mut kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages);
         (0..num_pages).for_each(|page| kv.poison(page as PageId));
-        // A step coprime to any such number visits every page once.
-        let scattered = |i: usize| ((i * 10_007 + 3) % num_pages) as PageId;
-        let block_tables = (0..num_layers)
-            .map(|layer| (0..blocks).map(|block| scattered(layer * blocks + block)).collect())
-            .collect();
-        Self { model, kv, block_tables, len: 0 }
+        // A step that is prime and larger than the pool visits every page once.
+        let free = (0..num_pages).map(|i| ((i * 10_007 + 3) % num_pages) as PageId).collect();
+        Self { model, kv, free }
     }
 
-    /// Runs `tokens` as the next chunk of the sequence; returns the logits of each.
-    pub(crate) fn feed(&mut self, tokens: &[u32]) -> Vec<Vec<f32>> {
+    /// An empty sequence with pages for `capacity` tokens.
+    pub(crate) fn sequence(&mut self, capacity: usize) -> Sequence {
+        let mut pages = || self.free.split_off(self.free.len() - capacity.div_ceil(BLOCK_SIZE));
+        let block_tables = (0..self.model.dims().num_layers).map(|_| pages()).collect();
+        Sequence { block_tables, len: 0 }
+    }
+
+    /// Runs one step; returns its logits, row after row.
+    pub(crate) fn step(&mut self, chunks: Vec<Chunk<'_>>) -> model_zoo::Result<Vec<Vec<f32>>> {
         let dims = self.model.dims().clone();
         let plan = Plan::dense(dims.num_layers);
-        let mut state = RowState::default();
-        let row = StepRow {
-            tokens,
-            first_pos: self.len,
-            kv_len: &vec![self.len; dims.num_layers],
-            block_tables: &self.block_tables,
-            logits: LogitRows::All,
+        let lens = chunks.iter().map(|chunk| vec![chunk.sequence.len; dims.num_layers]).collect::<Vec<_>>();
+        let mut states = vec![RowState::default(); chunks.len()];
+        let rows = chunks.iter().zip(&lens).zip(&mut states).map(|((chunk, lens), state)| StepRow {
+            tokens: chunk.tokens,
+            first_pos: chunk.sequence.len,
+            kv_len: lens,
+            block_tables: &chunk.sequence.block_tables,
+            logits: chunk.logits,
             plan: &plan,
-            state: &mut state,
-        };
-        self.model.forward(&mut StepBatch { rows: vec![row] }, &mut self.kv).unwrap();
-        self.len += tokens.len();
-        let logits = self.model.logits(0..tokens.len()).unwrap();
-        logits.chunks_exact(dims.vocab_size).map(<[f32]>::to_vec).collect()
-    }
-
-    /// Runs `tokens` in chunks of these sizes, repeated; returns the logits of each token.
-    pub(crate) fn feed_chunks(&mut self, mut tokens: &[u32], sizes: &[usize]) -> Vec<Vec<f32>> {
-        let mut logits = Vec::new();
-        for &size in sizes.iter().cycle() {
-            let (chunk, rest) = tokens.split_at(size.min(tokens.len()));
-            logits.extend(self.feed(chunk));
-            tokens = rest;
-            if tokens.is_empty() {
-                break;
-            }
+            state,
+        });
+        let mut batch = StepBatch { rows: rows.collect() };
+        self.model.forward(&mut batch, &mut self.kv)?;
+        let num_logit_rows = batch.num_logit_rows();
+        for chunk in chunks {
+            chunk.sequence.len += chunk.tokens.len();
         }
-        logits
+        let logits = self.model.logits(0..num_logit_rows)?;
+        Ok(logits.chunks_exact(dims.vocab_size).map(<[f32]>::to_vec).collect())
     }
+}
+
+/// Logits of every token of a prompt that runs alone, in chunks of these sizes, repeated.
+pub(crate) fn prompt_logits(model: &Path, mut tokens: &[u32], sizes: &[usize]) -> Vec<Vec<f32>> {
+    let mut runner = Runner::new(model, 1, tokens.len());
+    let mut sequence = runner.sequence(tokens.len());
+    let mut logits = Vec::new();
+    for &size in sizes.iter().cycle() {
+        let (chunk, rest) = tokens.split_at(size.min(tokens.len()));
+        let chunk = Chunk { sequence: &mut sequence, tokens: chunk, logits: LogitRows::All };
+        logits.extend(runner.step(vec![chunk]).unwrap());
+        tokens = rest;
+        if tokens.is_empty() {
+            break;
+        }
+    }
+    logits
 }
 
 /// How far logits are from others, over all positions.
