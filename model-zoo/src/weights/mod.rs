@@ -18,7 +18,7 @@ pub struct RawTensor<'a> {
     pub dtype: GgmlDType,
     /// Dimensions, outermost first: a linear weight is `[out_features, in_features]`, rows contiguous.
     pub shape: Vec<usize>,
-    /// The bytes, borrowed from the mapped file where possible.
+    /// The bytes, borrowed where the source holds them in memory.
     pub data: Cow<'a, [u8]>,
 }
 

@@ -167,25 +167,55 @@ fn array(header: &mut HeaderReader<'_>, key: &str) -> Result<Array> {
         }
     };
     let count = header.count("array elements", min_bytes)?;
-    let file = header.file();
-    let too_large = || file.malformed(format!("metadata {key:?} has an integer above 2^63"));
+    let elements = Elements { header, key, kind, count };
     match kind {
-        6 | 12 => collect(count, || match scalar(header, key, kind)? {
-            Value::Float(x) => Ok(x as f32),
-            _ => unreachable!("invariant: types 6 and 12 are floats"),
-        })
-        .map(Array::Floats),
-        7 => collect(count, || Ok(header.bytes::<1>()?[0] != 0)).map(Array::Bools),
-        8 => collect(count, || header.string()).map(Array::Strings),
-        _ => collect(count, || match scalar(header, key, kind)? {
-            Value::Unsigned(n) => i64::try_from(n).map_err(|_| too_large()),
-            Value::Signed(n) => Ok(n),
-            _ => unreachable!("invariant: the remaining types are integers"),
-        })
-        .map(Array::Integers),
+        6 | 12 => elements
+            .read(|value| match value {
+                Value::Float(x) => Some(x as f32),
+                _ => None,
+            })
+            .map(Array::Floats),
+        7 => elements
+            .read(|value| match value {
+                Value::Bool(flag) => Some(flag),
+                _ => None,
+            })
+            .map(Array::Bools),
+        8 => elements
+            .read(|value| match value {
+                Value::String(text) => Some(text),
+                _ => None,
+            })
+            .map(Array::Strings),
+        _ => elements
+            .read(|value| match value {
+                Value::Unsigned(n) => i64::try_from(n).ok(),
+                Value::Signed(n) => Some(n),
+                _ => None,
+            })
+            .map(Array::Integers),
     }
 }
 
-fn collect<T>(count: usize, mut next: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
-    (0..count).map(|_| next()).collect()
+/// The elements of an array that are still to be read.
+struct Elements<'h, 'f> {
+    header: &'h mut HeaderReader<'f>,
+    key: &'h str,
+    kind: u32,
+    count: usize,
+}
+
+impl Elements<'_, '_> {
+    fn read<T>(self, convert: impl Fn(Value) -> Option<T>) -> Result<Vec<T>> {
+        let Self { header, key, kind, count } = self;
+        // Not reserved: the count is the file's word, and its elements may end before it.
+        let mut elements = Vec::new();
+        for _ in 0..count {
+            let element = convert(scalar(header, key, kind)?);
+            elements.push(element.ok_or_else(|| {
+                header.file().malformed(format!("metadata {key:?} has an integer of 2^63 or more"))
+            })?);
+        }
+        Ok(elements)
+    }
 }
