@@ -1,13 +1,17 @@
 //! `rheostat.v1.TokenizationService`.
 
+use std::sync::Arc;
+use std::thread::available_parallelism;
+
 use rheostat_proto::rheostat::v1::tokenization_service_server::TokenizationService;
 use rheostat_proto::rheostat::v1::tokenize_request::Prompt;
 use rheostat_proto::rheostat::v1::{
     DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse,
 };
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::service::Service;
 
 use super::status;
@@ -15,11 +19,29 @@ use super::status;
 /// Encodes and decodes with the served model's tokenizer, off the async threads.
 pub(super) struct Tokenization {
     service: Service,
+    /// One permit a core: a call waits here, where it can be cancelled, and not in the blocking pool.
+    cores: Arc<Semaphore>,
 }
 
 impl Tokenization {
     pub(super) fn new(service: Service) -> Self {
-        Self { service }
+        let cores = available_parallelism().map_or(1, usize::from);
+        Self { service, cores: Arc::new(Semaphore::new(cores)) }
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Service) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let permit = self.cores.clone().acquire_owned().await;
+        let permit = permit.map_err(|_| Error::new(ErrorKind::Unavailable, "the server is stopping"))?;
+        let service = self.service.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let result = work(&service);
+            drop(permit);
+            result
+        });
+        task.await.map_err(|e| status::task_failed(&e))?
     }
 }
 
@@ -31,10 +53,7 @@ impl TokenizationService for Tokenization {
     ) -> Result<Response<TokenizeResponse>, Status> {
         let request = request.into_inner();
         self.service.check_model(&request.model)?;
-        let service = self.service.clone();
-        let work = move || tokenize(&service, request);
-        let response = tokio::task::spawn_blocking(work).await.map_err(|e| status::task_failed(&e))?;
-        Ok(Response::new(response?))
+        Ok(Response::new(self.run(|service| tokenize(service, request)).await?))
     }
 
     async fn detokenize(
@@ -43,10 +62,7 @@ impl TokenizationService for Tokenization {
     ) -> Result<Response<DetokenizeResponse>, Status> {
         let request = request.into_inner();
         self.service.check_model(&request.model)?;
-        let service = self.service.clone();
-        let work = move || detokenize(&service, &request);
-        let response = tokio::task::spawn_blocking(work).await.map_err(|e| status::task_failed(&e))?;
-        Ok(Response::new(response?))
+        Ok(Response::new(self.run(move |service| detokenize(service, &request)).await?))
     }
 }
 
