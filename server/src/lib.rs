@@ -6,6 +6,7 @@
 //!
 //! Dropping a [`engine::TokenStream`] is the only way to cancel.
 
+pub mod admission;
 pub mod engine;
 pub mod error;
 pub mod grpc;

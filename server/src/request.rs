@@ -24,6 +24,11 @@ pub struct RawRequest {
     pub echo: bool,
     /// Return log-probabilities of the prompt's tokens.
     pub prompt_logprobs: bool,
+    /// Encode text with the tokens that the model expects around it; `None` means yes for text. Chats
+    /// have them in their template.
+    pub add_special_tokens: Option<bool>,
+    /// Requests share cached prefixes only with equal salts (tenant isolation); empty is the common cache.
+    pub cache_salt: String,
     /// Compression as the client wrote it.
     pub compression: model_zoo::compression::CompressionOptions,
 }
@@ -135,6 +140,8 @@ pub struct GenerateRequest {
     pub prompt_logprobs: bool,
     /// What of the model to run.
     pub plan: Arc<Plan>,
+    /// Requests share cached prefixes only with equal salts.
+    pub cache_salt: u64,
 }
 
 /// One token with its log-probability and the likeliest alternatives.

@@ -1,13 +1,19 @@
 //! What the front ends see of everything behind them. `http` and `grpc` convert, call this, convert back.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use model_zoo::models::ModelDims;
+use model_zoo::models::{CausalLm, ModelDims};
 use model_zoo::tokenizer::Tokenizer;
 
-use crate::engine::{EngineHandle, TokenStream};
+use crate::admission::{Admission, Limits};
+use crate::engine::{self, EngineHandle, EngineParts, TokenStream};
 use crate::error::{Error, ErrorKind};
 use crate::request::RawRequest;
+use crate::scheduler::SchedulerConfig;
+use crate::telemetry::Metrics;
 
 /// The served model as its clients may know it.
 #[derive(Debug, Clone)]
@@ -24,6 +30,23 @@ pub struct ModelInfo {
     pub profiles: Vec<String>,
 }
 
+impl ModelInfo {
+    /// Fails unless `name` is this model's or empty.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`].
+    pub fn check_name(&self, name: &str) -> Result<(), Error> {
+        if name.is_empty() || name == self.name {
+            return Ok(());
+        }
+        Err(Error {
+            kind: ErrorKind::NotFound,
+            message: format!("the model `{name}` does not exist; this server serves `{}`", self.name),
+            param: Some("model".into()),
+        })
+    }
+}
+
 /// An admitted request: its events, and what a response has to repeat.
 #[derive(Debug)]
 pub struct Admitted {
@@ -35,35 +58,102 @@ pub struct Admitted {
     pub stream: TokenStream,
 }
 
+/// What a service is made of.
+pub struct ServiceParts {
+    /// The loaded model.
+    pub model: Box<dyn CausalLm>,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What clients may know of it.
+    pub info: ModelInfo,
+    /// Limits of the scheduler and the size of the KV pool.
+    pub scheduler: SchedulerConfig,
+    /// Limits of requests.
+    pub limits: Limits,
+    /// Where everything reports.
+    pub metrics: Arc<Metrics>,
+}
+
 /// The service behind both front ends. Cheap to clone.
 #[derive(Clone)]
 pub struct Service {
     engine: EngineHandle,
     tokenizer: Arc<Tokenizer>,
     model: Arc<ModelInfo>,
+    admission: Arc<Admission>,
+    draining: Arc<AtomicBool>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 impl Service {
+    /// Starts the engine thread over `parts`.
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread.
+    pub fn start(parts: ServiceParts) -> std::io::Result<Self> {
+        let ServiceParts { model, tokenizer, info, scheduler, limits, metrics } = parts;
+        let info = Arc::new(info);
+        let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), limits);
+        let parts = EngineParts { model, tokenizer: Arc::clone(&tokenizer), scheduler, metrics };
+        let (engine, thread) = engine::start(parts)?;
+        Ok(Self {
+            engine,
+            tokenizer,
+            model: info,
+            admission: Arc::new(admission),
+            draining: Arc::default(),
+            thread: Arc::new(Mutex::new(Some(thread))),
+        })
+    }
+
     /// Validates, tokenizes and admits a request, and starts it.
     ///
     /// # Errors
     /// The client's mistakes as [`ErrorKind::InvalidArgument`] or [`ErrorKind::NotFound`] (model), a
     /// full queue as [`ErrorKind::Overloaded`], a stopping server as [`ErrorKind::Unavailable`].
-    pub async fn generate(&self, _request: RawRequest) -> Result<Admitted, Error> {
-        Err(Error::new(ErrorKind::Unavailable, "the server is starting"))
+    pub async fn generate(&self, request: RawRequest) -> Result<Admitted, Error> {
+        if !self.is_ready() {
+            return Err(Error::new(ErrorKind::Unavailable, "the server is stopping"));
+        }
+        let (request, guard) = self.admission.admit(request).await?;
+        let (id, prompt) = (request.id.clone(), Arc::clone(&request.prompt));
+        let stream = self.engine.generate(request, guard)?;
+        Ok(Admitted { id, prompt, stream })
     }
 
-    /// Aborts the live request of this id.
+    /// Aborts the live request of this id: its choices end with what they have.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] when no live request has it.
     pub fn abort(&self, id: &str) -> Result<(), Error> {
+        self.admission.check_live(id)?;
         self.engine.abort(id)
     }
 
     /// Whether the server takes requests.
     pub fn is_ready(&self) -> bool {
-        false
+        !self.draining.load(Ordering::Relaxed) && self.engine.is_running()
+    }
+
+    /// Takes no more requests from now on.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes no more requests, waits for the running ones up to `deadline`, ends what is left, and joins
+    /// the engine thread.
+    pub async fn shutdown(&self, deadline: Duration) {
+        self.drain();
+        let drained = tokio::time::timeout(deadline, self.admission.live().drained()).await;
+        if drained.is_err() {
+            tracing::warn!(?deadline, "requests were still running at the deadline; ending them");
+        }
+        self.engine.stop().await;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // The thread ends after its current step.
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        }
     }
 
     /// The model's tokenizer. Encode long texts off the async threads.
@@ -81,13 +171,6 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::NotFound`].
     pub fn check_model(&self, name: &str) -> Result<(), Error> {
-        if name.is_empty() || name == self.model.name {
-            return Ok(());
-        }
-        Err(Error {
-            kind: ErrorKind::NotFound,
-            message: format!("the model `{name}` does not exist; this server serves `{}`", self.model.name),
-            param: Some("model".into()),
-        })
+        self.model.check_name(name)
     }
 }

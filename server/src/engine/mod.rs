@@ -3,14 +3,31 @@
 //! Loop: take commands → drop what was cancelled → schedule → batch → forward → sample → commit →
 //! send events. Only this thread touches the device.
 
+mod detokenizer;
+mod run;
+mod sampler;
+mod sequence;
+mod step;
+mod stop;
 mod stream;
 
-pub use stream::TokenStream;
+pub use stream::{Guard, TokenStream};
 
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use model_zoo::models::CausalLm;
+use model_zoo::tokenizer::Tokenizer;
 use tokio::sync::mpsc;
 
 use crate::error::{Error, ErrorKind};
 use crate::request::{GenerateRequest, TokenEvent};
+use crate::scheduler::SchedulerConfig;
+use crate::telemetry::Metrics;
+
+/// Commands that wait for the engine thread at most: it takes all of them before every step.
+const COMMANDS: usize = 1024;
 
 /// What the front of the server asks of the engine thread.
 #[derive(Debug)]
@@ -27,6 +44,33 @@ pub enum Command {
         /// The request's id.
         id: String,
     },
+    /// End every request with [`crate::request::FinishReason::Abort`] and the thread with them.
+    Stop,
+}
+
+/// What the engine thread owns or uses.
+pub struct EngineParts {
+    /// The model.
+    pub model: Box<dyn CausalLm>,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Limits of the scheduler and the size of the KV pool.
+    pub scheduler: SchedulerConfig,
+    /// Where it reports.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Starts the engine thread. It ends when every handle is gone and all work is done, or by
+/// [`EngineHandle::stop`].
+///
+/// # Errors
+/// When the operating system refuses a thread.
+pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<()>)> {
+    let (commands, receiver) = mpsc::channel(COMMANDS);
+    let shared = sequence::Shared { tokenizer: parts.tokenizer, metrics: parts.metrics };
+    let engine = run::Engine::new(parts.model, &parts.scheduler, shared);
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(receiver))?;
+    Ok((EngineHandle { commands }, thread))
 }
 
 /// The sending end of the engine thread's command channel. Cheap to clone.
@@ -36,21 +80,17 @@ pub struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// A handle over the engine thread's command channel.
-    pub fn new(commands: mpsc::Sender<Command>) -> Self {
-        Self { commands }
-    }
-
-    /// Hands a request to the engine and returns its events. Never waits.
+    /// Hands a request to the engine and returns its events, which hold `guard` until they are dropped.
+    /// Never waits.
     ///
     /// # Errors
     /// [`ErrorKind::Overloaded`] when the command channel is full, [`ErrorKind::Unavailable`] when the
     /// engine has stopped.
-    pub fn generate(&self, request: GenerateRequest) -> Result<TokenStream, Error> {
+    pub fn generate(&self, request: GenerateRequest, guard: Guard) -> Result<TokenStream, Error> {
         let (sender, receiver) = mpsc::channel(TokenStream::capacity(&request));
         let command = Command::Generate { request, events: sender };
         self.send(command)?;
-        Ok(TokenStream::new(receiver))
+        Ok(TokenStream::new(receiver, guard))
     }
 
     /// Asks the engine to abort a request. Unknown ids are ignored by the engine.
@@ -59,6 +99,17 @@ impl EngineHandle {
     /// As [`EngineHandle::generate`].
     pub fn abort(&self, id: &str) -> Result<(), Error> {
         self.send(Command::Abort { id: id.to_owned() })
+    }
+
+    /// Whether the engine thread runs.
+    pub fn is_running(&self) -> bool {
+        !self.commands.is_closed()
+    }
+
+    /// Ends the engine thread and every request that is still running. Waits for room in the channel.
+    pub async fn stop(&self) {
+        // An error means that the thread has ended already.
+        let _ = self.commands.send(Command::Stop).await;
     }
 
     fn send(&self, command: Command) -> Result<(), Error> {

@@ -8,16 +8,25 @@ use tokio::sync::mpsc;
 
 use crate::request::{GenerateRequest, TokenEvent};
 
+/// What a request holds for as long as its events are held: its permit and its entry among the live ids.
+pub type Guard = Box<dyn Send + Sync>;
+
 /// Events of one request, in order. Ends after every choice finished or the request failed.
-#[derive(Debug)]
 pub struct TokenStream {
     events: mpsc::Receiver<TokenEvent>,
+    _guard: Guard,
+}
+
+impl std::fmt::Debug for TokenStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TokenStream").finish_non_exhaustive()
+    }
 }
 
 impl TokenStream {
     /// Wraps the receiving end of an event channel.
-    pub fn new(events: mpsc::Receiver<TokenEvent>) -> Self {
-        Self { events }
+    pub fn new(events: mpsc::Receiver<TokenEvent>, guard: Guard) -> Self {
+        Self { events, _guard: guard }
     }
 
     /// Events that `request` can cause at most: one a token, one end a choice, the prompt and a failure.

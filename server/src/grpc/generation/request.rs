@@ -35,6 +35,7 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
         echo: message.echo,
         prompt_logprobs: message.prompt_logprobs,
         compression: compression_options(message.compression.unwrap_or_default())?,
+        ..RawRequest::default()
     })
 }
 

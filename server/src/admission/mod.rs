@@ -1,0 +1,109 @@
+//! From a converted request to one that the engine can run without looking at it again: model, limits,
+//! tokens, plan, permit. Everything that a client can get wrong ends here, with a sentence that says how
+//! to mend it.
+
+mod limits;
+mod live;
+mod prompt;
+mod validate;
+
+pub use limits::Limits;
+pub use live::LiveRequests;
+
+use std::sync::Arc;
+
+use model_zoo::compression::registry;
+use model_zoo::tokenizer::Tokenizer;
+
+use crate::engine::Guard;
+use crate::error::{Error, ErrorKind};
+use crate::request::{GenerateRequest, Prompt, RawRequest};
+use crate::service::ModelInfo;
+
+/// Tokens of a text completion whose request names no limit: OpenAI's default.
+const DEFAULT_COMPLETION_TOKENS: usize = 16;
+
+/// Admits requests for one model.
+#[derive(Debug)]
+pub struct Admission {
+    model: Arc<ModelInfo>,
+    limits: Limits,
+    prompts: prompt::PromptEncoder,
+    live: LiveRequests,
+}
+
+impl Admission {
+    /// Admission for `model`, within `limits`.
+    pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, limits: Limits) -> Self {
+        let live = LiveRequests::new(limits.max_concurrent_requests);
+        Self { model, prompts: prompt::PromptEncoder::new(tokenizer), limits, live }
+    }
+
+    /// The requests that are live now.
+    pub fn live(&self) -> &LiveRequests {
+        &self.live
+    }
+
+    /// Validates and tokenizes `raw`, compiles its plan, and takes a permit, which the guard holds.
+    ///
+    /// # Errors
+    /// The client's mistakes, named; [`ErrorKind::Overloaded`] when every permit is taken.
+    pub async fn admit(&self, raw: RawRequest) -> Result<(GenerateRequest, Guard), Error> {
+        self.model.check_name(&raw.model)?;
+        let n = validate::choices(raw.n, &self.limits)?;
+        let mut sampling = raw.sampling;
+        validate::sampling(&sampling, &self.limits, &self.model)?;
+        validate::prompt_size(&raw.prompt, &self.limits)?;
+        let plan = registry::compile(&raw.compression, self.model.dims.num_layers)
+            .map_err(|e| Error::invalid("compression", e.to_string()))?;
+        let guard = self.live.enter(&raw.id)?;
+        let is_chat = matches!(raw.prompt, Prompt::Chat(_));
+        let prompt = self.prompts.encode(raw.prompt, raw.add_special_tokens).await?;
+        validate::tokens(&prompt, &self.model)?;
+        let room = self.model.max_model_len - prompt.len();
+        let default = if is_chat { room } else { room.min(DEFAULT_COMPLETION_TOKENS) };
+        let max_tokens = match raw.max_tokens {
+            None => default,
+            Some(asked) => validate::max_tokens(asked, prompt.len(), &self.model)?,
+        };
+        if max_tokens == 0 && !raw.prompt_logprobs && !raw.echo {
+            let message = "max_tokens must be at least 1, or 0 together with echo or prompt logprobs";
+            return Err(Error::invalid("max_tokens", message));
+        }
+        self.limits.check_total(n, max_tokens)?;
+        sampling.seed = Some(sampling.seed.unwrap_or_else(rand::random));
+        let request = GenerateRequest {
+            id: guard.id().to_owned(),
+            prompt: prompt.into(),
+            sampling: Arc::new(sampling),
+            max_tokens,
+            n,
+            prompt_logprobs: raw.prompt_logprobs,
+            plan: Arc::new(plan),
+            cache_salt: salt(&raw.cache_salt),
+        };
+        Ok((request, Box::new(guard)))
+    }
+
+    /// Fails unless a request of this id is live.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`].
+    pub fn check_live(&self, id: &str) -> Result<(), Error> {
+        if self.live.contains(id) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::NotFound, format!("no live request has the id `{id}`")))
+    }
+}
+
+/// 0 for no salt; else a digest of it.
+fn salt(text: &str) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    if text.is_empty() {
+        return 0;
+    }
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish().max(1)
+}

@@ -1,0 +1,150 @@
+//! The engine thread's loop: commands, cancellation, steps.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use model_zoo::compression::KvDemand;
+use model_zoo::kv_cache::KvCache;
+use model_zoo::models::CausalLm;
+use tokio::sync::mpsc;
+
+use super::Command;
+use super::sequence::{Choice, Live, Shared};
+use crate::error::{Error, ErrorKind};
+use crate::request::{FinishReason, GenerateRequest, TokenEvent};
+use crate::scheduler::{AddError, Scheduler, SchedulerConfig, SeqId, SequenceSpec};
+use crate::telemetry::SchedulerGauges;
+
+/// Everything that the engine thread owns.
+pub(super) struct Engine {
+    pub(super) model: Box<dyn CausalLm>,
+    pub(super) kv: KvCache,
+    pub(super) scheduler: Scheduler,
+    pub(super) choices: HashMap<SeqId, Choice>,
+    pub(super) shared: Shared,
+    next_id: u64,
+    next_group: u64,
+}
+
+impl Engine {
+    /// An engine over `model` with a KV pool as `config` says.
+    pub(super) fn new(model: Box<dyn CausalLm>, config: &SchedulerConfig, shared: Shared) -> Self {
+        let kv = KvCache::new(model.dims().kv_layout(config.block_size), config.num_pages);
+        let scheduler = Scheduler::new(config.clone());
+        Self { model, kv, scheduler, choices: HashMap::new(), shared, next_id: 0, next_group: 0 }
+    }
+
+    /// Runs until every sender of `commands` is gone and all work is done, or a `Stop` came.
+    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        loop {
+            if !self.scheduler.has_work() {
+                self.report();
+                match commands.blocking_recv() {
+                    Some(Command::Stop) | None => return,
+                    Some(command) => self.take(command),
+                }
+            }
+            loop {
+                match commands.try_recv() {
+                    Ok(Command::Stop) => return self.abort_where(|_| true),
+                    Ok(command) => self.take(command),
+                    Err(_) => break,
+                }
+            }
+            self.drop_cancelled();
+            if self.scheduler.has_work() {
+                self.step();
+            }
+            self.report();
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Generate { request, events } => self.add(request, events),
+            Command::Abort { id } => self.abort_where(|choice| choice.live.request.id == id),
+            // The loop ends before it gets here.
+            Command::Stop => {}
+        }
+    }
+
+    /// Queues every choice of a request, or none.
+    fn add(&mut self, request: GenerateRequest, events: mpsc::Sender<TokenEvent>) {
+        let live = Arc::new(Live::new(request, events));
+        let group = self.next_group;
+        self.next_group += 1;
+        let mut added = Vec::new();
+        for index in 0..live.request.n {
+            let id = SeqId(self.next_id);
+            self.next_id += 1;
+            if let Err(error) = self.scheduler.add(spec(&live.request, id, group, index)) {
+                added.into_iter().for_each(|id| self.remove(id));
+                return live.send(TokenEvent::Failed(refusal(error)));
+            }
+            self.choices.insert(id, Choice::new(&live, index, &self.shared));
+            added.push(id);
+        }
+    }
+
+    /// Frees everything that a sequence holds.
+    pub(super) fn remove(&mut self, id: SeqId) {
+        self.scheduler.abort(id);
+        self.choices.remove(&id);
+    }
+
+    /// Frees the choices of clients that went away: in the queue, in prefill or in decode.
+    fn drop_cancelled(&mut self) {
+        let gone = |(id, choice): (&SeqId, &Choice)| choice.live.is_cancelled().then_some(*id);
+        let ids: Vec<_> = self.choices.iter().filter_map(gone).collect();
+        ids.into_iter().for_each(|id| self.remove(id));
+    }
+
+    fn abort_where(&mut self, matches: impl Fn(&Choice) -> bool) {
+        let ids: Vec<_> = self.choices.iter().filter(|(_, c)| matches(c)).map(|(id, _)| *id).collect();
+        for id in ids {
+            if let Some(choice) = self.choices.get_mut(&id) {
+                choice.end(FinishReason::Abort, None);
+            }
+            self.remove(id);
+        }
+    }
+
+    fn report(&self) {
+        let stats = self.scheduler.stats();
+        self.shared.metrics.scheduler(&SchedulerGauges {
+            running: stats.running,
+            waiting: stats.waiting,
+            pages_used: stats.pages_used,
+            pages_cached: stats.pages_cached,
+            pages_free: stats.pages_free,
+        });
+    }
+}
+
+fn spec(request: &GenerateRequest, id: SeqId, group: u64, index: usize) -> SequenceSpec {
+    let demand: KvDemand = request.plan.kv_demand();
+    SequenceSpec {
+        id,
+        group,
+        prompt: Arc::clone(&request.prompt),
+        max_tokens: request.max_tokens,
+        demand,
+        plan_key: request.plan.key(),
+        cache_salt: request.cache_salt,
+        // One choice scores the prompt; its siblings share what it computed.
+        bypass_prefix_cache: request.prompt_logprobs && index == 0,
+    }
+}
+
+fn refusal(error: AddError) -> Error {
+    match error {
+        AddError::NeverFits { needed, total } => Error::new(
+            ErrorKind::InvalidArgument,
+            format!(
+                "the request needs {needed} KV pages and the server has {total}: shorten the prompt or lower max_tokens"
+            ),
+        ),
+        AddError::EmptyPrompt => Error::invalid("prompt", "the prompt has no tokens"),
+        AddError::DuplicateId => Error::new(ErrorKind::Internal, "a sequence id was given twice"),
+    }
+}

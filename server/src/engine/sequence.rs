@@ -1,0 +1,235 @@
+//! What the engine keeps of a request and of each of its choices, and the one place that ends a choice.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use model_zoo::compression::RowState;
+use model_zoo::tokenizer::Tokenizer;
+use tokio::sync::mpsc;
+
+use super::detokenizer::Detokenizer;
+use super::sampler::Sampler;
+use super::stop::{Released, StopMatcher};
+use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, TokenEvent, TokenLogprob};
+use crate::telemetry::{Metrics, SequenceTimings};
+
+/// A request that the engine runs.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) request: GenerateRequest,
+    events: mpsc::Sender<TokenEvent>,
+    arrived: Instant,
+}
+
+impl Live {
+    pub(super) fn new(request: GenerateRequest, events: mpsc::Sender<TokenEvent>) -> Self {
+        Self { request, events, arrived: Instant::now() }
+    }
+
+    /// The client went away: nobody will read what the request produces.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// The channel holds every event that the request can cause, so that this fails only when nobody
+    /// listens any more.
+    pub(super) fn send(&self, event: TokenEvent) {
+        let _ = self.events.try_send(event);
+    }
+}
+
+/// One choice of a request.
+#[derive(Debug)]
+pub(super) struct Choice {
+    pub(super) live: Arc<Live>,
+    pub(super) index: usize,
+    pub(super) state: RowState,
+    /// Scores its prompt: the first choice of a request that asked for it, until it is sent.
+    pub(super) prompt_logprobs: Option<Vec<Option<TokenLogprob>>>,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    ends: Arc<[u32]>,
+    sampled: usize,
+    cached_tokens: usize,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    /// Why it ended, once it has: what [`Drop`] reports.
+    outcome: FinishReason,
+}
+
+/// When things happened to a choice.
+#[derive(Debug, Default)]
+struct Clock {
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+/// Whether a choice goes on after a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    GoesOn(u32),
+    Ended,
+}
+
+/// What every choice of a request shares.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl Choice {
+    pub(super) fn new(live: &Arc<Live>, index: usize, shared: &Shared) -> Self {
+        let request = &live.request;
+        let sampling = &request.sampling;
+        let model_ends: &[u32] = if sampling.ignore_eos { &[] } else { &shared.tokenizer.special().eos };
+        let ends: Arc<[u32]> = model_ends.iter().chain(&sampling.stop_token_ids).copied().collect();
+        Self {
+            index,
+            state: RowState::default(),
+            prompt_logprobs: (request.prompt_logprobs && index == 0).then(Vec::new),
+            sampler: Sampler::new(Arc::clone(sampling), index, &request.prompt, Arc::clone(&ends)),
+            detokenizer: Detokenizer::new(Arc::clone(&shared.tokenizer), sampling.skip_special_tokens),
+            stop: StopMatcher::new(sampling.stop.clone(), sampling.include_stop),
+            ends,
+            sampled: 0,
+            cached_tokens: 0,
+            clock: Clock::default(),
+            metrics: Arc::clone(&shared.metrics),
+            outcome: FinishReason::Abort,
+            live: Arc::clone(live),
+        }
+    }
+
+    /// The choice is in a step. The first time, `cached` of its prompt tokens came from the prefix cache.
+    pub(super) fn runs(&mut self, cached: usize) {
+        if self.clock.started.is_none() {
+            self.clock.started = Some(Instant::now());
+            self.cached_tokens = cached;
+            let prompt = self.live.request.prompt.len();
+            let queried = if self.prompt_logprobs.is_some() { 0 } else { prompt };
+            self.metrics.sequence_started(prompt, queried, cached);
+        }
+    }
+
+    /// It lost its KV and will be computed again.
+    pub(super) fn preempted(&mut self) {
+        self.state = RowState::default();
+        if let Some(scores) = &mut self.prompt_logprobs {
+            scores.clear();
+        }
+    }
+
+    /// Samples from `logits`, sends what became final, and says whether the choice goes on.
+    ///
+    /// # Errors
+    /// The message for the client when the logits cannot be sampled from.
+    pub(super) fn sample(&mut self, logits: &[f32]) -> Result<Progress, String> {
+        if self.live.request.max_tokens == 0 {
+            self.end(FinishReason::Length, None);
+            return Ok(Progress::Ended);
+        }
+        let token = self.sampler.sample(logits).map_err(|e| e.to_string())?;
+        self.sampled += 1;
+        self.tick();
+        Ok(self.advance(token))
+    }
+
+    fn advance(&mut self, token: TokenLogprob) -> Progress {
+        let id = token.token;
+        let armed = self.sampled > self.live.request.sampling.min_tokens;
+        if self.ends.contains(&id) && armed {
+            let text = self.stop.finish() + &self.detokenizer.finish();
+            self.delta(text, token);
+            self.end(FinishReason::Stop, None);
+            return Progress::Ended;
+        }
+        let last = self.sampled >= self.live.request.max_tokens;
+        let mut text = self.detokenizer.push(id);
+        if last {
+            text += &self.detokenizer.finish();
+        }
+        match self.stop.push(&text, armed) {
+            Released::Stopped { text, stop } => {
+                self.delta(text, token);
+                self.end(FinishReason::Stop, Some(stop));
+                Progress::Ended
+            }
+            Released::Text(mut text) if last => {
+                text += &self.stop.finish();
+                self.delta(text, token);
+                self.end(FinishReason::Length, None);
+                Progress::Ended
+            }
+            Released::Text(text) => {
+                self.delta(text, token);
+                Progress::GoesOn(id)
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        match self.clock.last_token.replace(now) {
+            Some(before) => self.metrics.inter_token(now - before),
+            None => {
+                self.clock.first_token = Some(now);
+                self.metrics.first_token(now - self.live.arrived);
+            }
+        }
+    }
+
+    fn delta(&self, text: String, token: TokenLogprob) {
+        self.live.send(TokenEvent::Delta { choice: self.index, text, tokens: vec![token] });
+    }
+
+    /// Sends the scores of the prompt, once every position has one.
+    pub(super) fn send_prompt_scores(&mut self) {
+        if let Some(logprobs) = self.prompt_logprobs.take() {
+            self.live.send(TokenEvent::Prompt { logprobs });
+        }
+    }
+
+    /// Sends the last event. Text still held back goes before it.
+    pub(super) fn end(&mut self, reason: FinishReason, stop: Option<String>) {
+        if reason == FinishReason::Abort {
+            let text = self.stop.finish() + &self.detokenizer.finish();
+            if !text.is_empty() {
+                self.live.send(TokenEvent::Delta { choice: self.index, text, tokens: Vec::new() });
+            }
+        }
+        self.outcome = reason;
+        let usage = ChoiceUsage {
+            prompt_tokens: self.live.request.prompt.len(),
+            cached_tokens: self.cached_tokens,
+            completion_tokens: self.sampled,
+        };
+        self.live.send(TokenEvent::Finished { choice: self.index, reason, stop, usage });
+    }
+
+    /// Marks it as failed; the request's failure is sent by the engine.
+    pub(super) fn fail(&mut self) {
+        self.outcome = FinishReason::Error;
+    }
+}
+
+impl Drop for Choice {
+    /// Counts the choice, however it ended.
+    fn drop(&mut self) {
+        let Clock { started, first_token, last_token } = self.clock;
+        let request = &self.live.request;
+        self.metrics.sequence_finished(&SequenceTimings {
+            queue: started.map(|at| at - self.live.arrived),
+            prefill: started.zip(first_token).map(|(from, to)| to - from),
+            decode: first_token.zip(last_token).map(|(from, to)| to - from),
+            total: self.live.arrived.elapsed(),
+            prompt_tokens: request.prompt.len(),
+            completion_tokens: self.sampled,
+            max_tokens: request.max_tokens,
+            n: request.n,
+            reason: self.outcome,
+        });
+    }
+}

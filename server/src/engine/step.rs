@@ -1,0 +1,247 @@
+//! One step: schedule → batch → forward → sample → commit. A failed step commits nothing.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use model_zoo::compression::{Plan, RowState};
+use model_zoo::step::{LogitRows, StepBatch, StepRow};
+
+use super::run::Engine;
+use super::sampler::logprob_of;
+use super::sequence::{Choice, Progress};
+use crate::error::{Error, ErrorKind};
+use crate::request::TokenEvent;
+use crate::scheduler::{RowOutcome, ScheduledSeq, SeqId, StepPlan};
+use crate::telemetry::StepSample;
+
+/// Logit rows asked for at once: bounds the model's scratch memory.
+const LOGIT_TILE: usize = 16;
+
+/// A row of the step with what its batch row borrows.
+struct Prepared {
+    scheduled: ScheduledSeq,
+    plan: std::sync::Arc<Plan>,
+    logits: LogitRows,
+    state: RowState,
+}
+
+impl Engine {
+    /// Runs one step of whatever the scheduler chose.
+    pub(super) fn step(&mut self) {
+        let begin = Instant::now();
+        let plan = self.scheduler.schedule();
+        self.note_preempted(&plan);
+        let scheduled = Instant::now();
+        let mut rows = self.prepare(&plan);
+        let ran = self.forward(&mut rows);
+        let forwarded = Instant::now();
+        if let Err(message) = ran {
+            return self.isolate(rows, &message);
+        }
+        let outcomes = self.sample(&rows);
+        let sampled_at = Instant::now();
+        for row in rows {
+            if let Some(choice) = self.choices.get_mut(&row.scheduled.id) {
+                choice.state = row.state;
+            }
+        }
+        let sampled = outcomes.values().filter(|o| !matches!(o, RowOutcome::Prefilled)).count();
+        self.commit(&plan, outcomes);
+        self.shared.metrics.step(&StepSample {
+            tokens: plan.rows.iter().map(|row| row.num_tokens).sum(),
+            sampled,
+            phases: [scheduled - begin, forwarded - scheduled, sampled_at - forwarded, sampled_at.elapsed()],
+        });
+    }
+
+    fn note_preempted(&mut self, plan: &StepPlan) {
+        self.shared.metrics.preempted(plan.preempted.len());
+        for id in &plan.preempted {
+            if let Some(choice) = self.choices.get_mut(id) {
+                choice.preempted();
+            }
+        }
+    }
+
+    fn prepare(&mut self, plan: &StepPlan) -> Vec<Prepared> {
+        let mut rows = Vec::with_capacity(plan.rows.len());
+        for scheduled in &plan.rows {
+            let Some(choice) = self.choices.get_mut(&scheduled.id) else { continue };
+            choice.runs(self.scheduler.num_cached_tokens(scheduled.id).unwrap_or(0));
+            let logits = if choice.prompt_logprobs.is_some() {
+                LogitRows::All
+            } else if scheduled.samples {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            };
+            let plan = std::sync::Arc::clone(&choice.live.request.plan);
+            rows.push(Prepared { scheduled: scheduled.clone(), plan, logits, state: choice.state.clone() });
+        }
+        rows
+    }
+
+    /// Runs the model over `rows`.
+    ///
+    /// # Errors
+    /// What went wrong, for the log.
+    fn forward(&mut self, rows: &mut [Prepared]) -> Result<(), String> {
+        let mut batch = StepBatch::default();
+        for row in rows {
+            let ScheduledSeq { id, first_pos, num_tokens, .. } = row.scheduled;
+            let (Some(tokens), Some(kv_len), Some(block_tables)) =
+                (self.scheduler.tokens(id), self.scheduler.kv_len(id), self.scheduler.block_tables(id))
+            else {
+                return Err(format!("sequence {} is scheduled but unknown", id.0));
+            };
+            batch.rows.push(StepRow {
+                tokens: &tokens[first_pos..first_pos + num_tokens],
+                first_pos,
+                kv_len,
+                block_tables,
+                logits: row.logits,
+                plan: &row.plan,
+                state: &mut row.state,
+            });
+        }
+        let (model, kv) = (&mut self.model, &mut self.kv);
+        // A step's KV is committed only when it succeeds, so that a model that panicked half way leaves
+        // nothing that is read again.
+        match catch_unwind(AssertUnwindSafe(|| model.forward(&mut batch, kv))) {
+            Ok(result) => result.map_err(|e| e.to_string()),
+            Err(_) => Err("the model panicked".to_owned()),
+        }
+    }
+
+    /// Finds the rows that made a step fail, by running each alone, and fails their requests. If every row
+    /// runs alone, the batch as such fails, and all of it has to go: else it would be tried for ever.
+    fn isolate(&mut self, rows: Vec<Prepared>, message: &str) {
+        tracing::error!(message, rows = rows.len(), "a step failed");
+        let ids: Vec<SeqId> = rows.iter().map(|row| row.scheduled.id).collect();
+        let mut bad: Vec<(SeqId, String)> = Vec::new();
+        if rows.len() > 1 {
+            for mut row in rows {
+                let id = row.scheduled.id;
+                if let Some(choice) = self.choices.get(&id) {
+                    row.state = choice.state.clone();
+                }
+                if let Err(message) = self.forward(std::slice::from_mut(&mut row)) {
+                    bad.push((id, message));
+                }
+            }
+        }
+        if bad.is_empty() {
+            bad = ids.into_iter().map(|id| (id, message.to_owned())).collect();
+        }
+        for (id, message) in bad {
+            self.fail(id, &message);
+        }
+    }
+
+    /// Ends the whole request of a choice that failed; its siblings have the same prompt and parameters.
+    fn fail(&mut self, id: SeqId, message: &str) {
+        let Some(live) = self.choices.get(&id).map(|choice| std::sync::Arc::clone(&choice.live)) else {
+            return;
+        };
+        let error = Error::new(ErrorKind::Internal, format!("the request could not be computed: {message}"));
+        live.send(TokenEvent::Failed(error));
+        let siblings: Vec<_> = self
+            .choices
+            .iter_mut()
+            .filter(|(_, choice)| std::sync::Arc::ptr_eq(&choice.live, &live))
+            .map(|(id, choice)| {
+                choice.fail();
+                *id
+            })
+            .collect();
+        siblings.into_iter().for_each(|id| self.remove(id));
+    }
+
+    /// Reads the step's logits in tiles, scores prompts and samples; rows that fail are left out.
+    fn sample(&mut self, rows: &[Prepared]) -> HashMap<SeqId, RowOutcome> {
+        // (row, token of its chunk) of every logit row, in order.
+        let mut wanted = Vec::new();
+        for (index, row) in rows.iter().enumerate() {
+            match row.logits {
+                LogitRows::None => {}
+                LogitRows::Last => wanted.push((index, row.scheduled.num_tokens - 1)),
+                LogitRows::All => wanted.extend((0..row.scheduled.num_tokens).map(|i| (index, i))),
+            }
+        }
+        let mut outcomes: HashMap<_, _> =
+            rows.iter().map(|row| (row.scheduled.id, RowOutcome::Prefilled)).collect();
+        let mut failed = Vec::new();
+        let vocab = self.model.dims().vocab_size;
+        for start in (0..wanted.len()).step_by(LOGIT_TILE) {
+            let tile = &wanted[start..(start + LOGIT_TILE).min(wanted.len())];
+            let logits = match self.model.logits(start..start + tile.len()) {
+                Ok(logits) => logits,
+                Err(error) => {
+                    failed.extend(tile.iter().map(|(row, _)| (rows[*row].scheduled.id, error.to_string())));
+                    continue;
+                }
+            };
+            for (&(row, token), logits) in tile.iter().zip(logits.chunks_exact(vocab)) {
+                let scheduled = &rows[row].scheduled;
+                let Some(choice) = self.choices.get_mut(&scheduled.id) else { continue };
+                match take_logits(choice, scheduled, token, logits) {
+                    Ok(Some(outcome)) => _ = outcomes.insert(scheduled.id, outcome),
+                    Ok(None) => {}
+                    Err(message) => failed.push((scheduled.id, message)),
+                }
+            }
+        }
+        for (id, message) in failed {
+            outcomes.remove(&id);
+            self.fail(id, &message);
+        }
+        outcomes
+    }
+
+    /// Tells the scheduler what came of the step; rows that failed are unknown to it by now.
+    fn commit(&mut self, plan: &StepPlan, outcomes: HashMap<SeqId, RowOutcome>) {
+        let in_order: Vec<_> = plan
+            .rows
+            .iter()
+            .map(|row| outcomes.get(&row.id).cloned().unwrap_or(RowOutcome::Prefilled))
+            .collect();
+        self.scheduler.commit(plan, &in_order);
+        for (id, outcome) in outcomes {
+            if outcome == RowOutcome::Finished {
+                self.choices.remove(&id);
+            }
+        }
+    }
+}
+
+/// One token's logits: the score of the prompt token after it, or the choice's next token.
+fn take_logits(
+    choice: &mut Choice,
+    scheduled: &ScheduledSeq,
+    token: usize,
+    logits: &[f32],
+) -> Result<Option<RowOutcome>, String> {
+    let position = scheduled.first_pos + token;
+    let request = std::sync::Arc::clone(&choice.live);
+    let prompt = &request.request.prompt;
+    if let Some(scores) = &mut choice.prompt_logprobs {
+        if scores.is_empty() {
+            scores.push(None);
+        }
+        if let Some(&next) = prompt.get(position + 1) {
+            let top = request.request.sampling.logprobs.unwrap_or(0) as usize;
+            scores.push(Some(logprob_of(logits, next, top).map_err(|e| e.to_string())?));
+        }
+        if position + 1 == prompt.len() {
+            choice.send_prompt_scores();
+        }
+    }
+    if !scheduled.samples || token + 1 != scheduled.num_tokens {
+        return Ok(None);
+    }
+    Ok(Some(match choice.sample(logits)? {
+        Progress::GoesOn(token) => RowOutcome::Sampled(token),
+        Progress::Ended => RowOutcome::Finished,
+    }))
+}
