@@ -14,3 +14,5 @@ pub mod request;
 pub mod scheduler;
 pub mod service;
 pub mod telemetry;
+#[cfg(test)]
+mod toy;

@@ -38,6 +38,7 @@ make_stubs()
 from google.protobuf import struct_pb2  # noqa: E402
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
 from grpc_reflection.v1alpha import reflection_pb2 as reflection  # noqa: E402
+from rheostat.v1 import compression_pb2 as compression  # noqa: E402
 from rheostat.v1 import generation_pb2 as gen  # noqa: E402
 from rheostat.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc, prompt_pb2  # noqa: E402
 from rheostat.v1 import tokenization_pb2 as tok  # noqa: E402
@@ -291,13 +292,13 @@ def check_bad_requests(server):
 
 def check_compression(server):
     plain = server.generate().choices[0].text
-    equal(server.generate(compression=gen.Compression(profile="dense")).choices[0].text, plain, "dense")
+    equal(server.generate(compression=compression.Compression(profile="dense")).choices[0].text, plain, "dense")
     bad = grpc.StatusCode.INVALID_ARGUMENT
-    refused(server, bad, compression=gen.Compression(profile="no-such-profile"))
+    refused(server, bad, compression=compression.Compression(profile="no-such-profile"))
     with raises(grpc.RpcError, "a profile in the metadata") as caught:
         server.generation.Generate(request(), metadata=[("x-rheostat-profile", "no-such-profile")])
     equal(caught[0].code(), bad, "a profile in the metadata")
-    refused(server, bad, "compression.think", compression=gen.Compression(think=gen.Think(ratio=0.4)))
+    refused(server, bad, "compression.think", compression=compression.Compression(think=compression.Think(ratio=0.4)))
 
 
 def check_request_ids(server):

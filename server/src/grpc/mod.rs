@@ -16,6 +16,8 @@ mod json;
 mod metadata;
 mod models;
 mod status;
+#[cfg(test)]
+mod tests;
 mod tokenization;
 
 use std::collections::BTreeSet;

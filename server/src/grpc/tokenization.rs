@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread::available_parallelism;
 
+use model_zoo::tokenizer::ChatInput;
 use rheostat_proto::rheostat::v1::tokenization_service_server::TokenizationService;
 use rheostat_proto::rheostat::v1::tokenize_request::Prompt;
 use rheostat_proto::rheostat::v1::{
@@ -12,8 +13,10 @@ use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use crate::error::{Error, ErrorKind};
+use crate::request::ChatPrompt;
 use crate::service::Service;
 
+use super::generation::chat_prompt;
 use super::status;
 
 /// Encodes and decodes with the served model's tokenizer, off the async threads.
@@ -68,10 +71,14 @@ impl TokenizationService for Tokenization {
 
 fn tokenize(service: &Service, request: TokenizeRequest) -> Result<TokenizeResponse, Error> {
     let tokenizer = service.tokenizer();
-    let special = request.add_special_tokens.unwrap_or(true);
     let encoded = match request.prompt {
-        Some(Prompt::Text(text)) => tokenizer.encode(&text, special),
-        Some(Prompt::Chat(_)) => return Err(Error::invalid("chat", "chat is not supported by this version")),
+        Some(Prompt::Text(text)) => tokenizer.encode(&text, request.add_special_tokens.unwrap_or(true)),
+        Some(Prompt::Chat(chat)) => {
+            let ChatPrompt { messages, tools, template_args, add_generation_prompt } = chat_prompt(chat)?;
+            let input = ChatInput { messages, tools, template_args, add_generation_prompt };
+            let special = request.add_special_tokens.unwrap_or(false);
+            tokenizer.apply_chat_template(&input).and_then(|text| tokenizer.encode(&text, special))
+        }
         None => return Err(Error::invalid("prompt", "one of text and chat is required")),
     };
     let token_ids = encoded.map_err(|e| status::tokenizer_error("prompt", &e))?;

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::service::{Admitted, Service};
 
 use super::{completion, metadata};
+pub(super) use request::chat_prompt;
 use response::{Asked, Wire};
 
 /// Runs requests.

@@ -34,8 +34,9 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
         n: message.n.unwrap_or(1).into(),
         echo: message.echo,
         prompt_logprobs: message.prompt_logprobs,
+        add_special_tokens: message.add_special_tokens,
+        cache_salt: message.cache_salt,
         compression: compression_options(message.compression.unwrap_or_default())?,
-        ..RawRequest::default()
     })
 }
 
@@ -43,7 +44,7 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
 ///
 /// # Errors
 /// As [`raw_request`].
-fn chat_prompt(chat: WireChat) -> Result<ChatPrompt, Error> {
+pub(in crate::grpc) fn chat_prompt(chat: WireChat) -> Result<ChatPrompt, Error> {
     let tool = |fields| Ok(Json::Object(json::object("chat.tools", fields)?));
     Ok(ChatPrompt {
         messages: chat.messages.into_iter().map(chat_message).collect::<Result<_, _>>()?,
