@@ -7,6 +7,7 @@
 //!
 //! Invariant: this crate has no async runtime and no network but `catalogue::pull`.
 
+pub mod catalogue;
 pub mod compression;
 pub mod config;
 pub mod error;

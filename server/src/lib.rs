@@ -7,12 +7,17 @@
 //! Dropping a [`engine::TokenStream`] is the only way to cancel.
 
 pub mod admission;
+pub mod cli;
+pub mod config;
 pub mod engine;
 pub mod error;
 pub mod grpc;
+pub mod http;
 pub mod request;
+pub mod run;
 pub mod scheduler;
 pub mod service;
+pub mod shutdown;
 pub mod telemetry;
 #[cfg(test)]
 mod toy;

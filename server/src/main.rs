@@ -1,2 +1,5 @@
 //! The `rheostat` binary.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    rheostat::cli::main()
+}

@@ -251,7 +251,7 @@ def check_cancelled_stream(server):
     for call in (server.complete, server.chat):
         stream = call(**endless, n=2)
         next(iter(stream))
-        check(not server.idle(), "the request runs")
+        eventually(lambda: not server.idle(), "the request runs")
         stream.close()
         eventually(server.idle, "a closed stream frees its sequences")
 

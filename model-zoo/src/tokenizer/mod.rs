@@ -167,6 +167,10 @@ impl Tokenizer {
     }
 }
 
+/// Spellings of tokens that end a turn.
+const TURN_ENDS: [&str; 6] =
+    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
+
 /// What a reader of a checkpoint found.
 struct Parts {
     inner: tokenizers::Tokenizer,
@@ -182,15 +186,11 @@ impl Parts {
     /// The template's mistake.
     fn build(self, origin: &std::path::Path) -> Result<Tokenizer> {
         let mut special = self.special;
-        for turn_end in
-            ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"]
-        {
-            // Chat models end their turn with one of these, which not every checkpoint declares.
-            if let Some(id) = self.inner.token_to_id(turn_end).filter(|id| !special.eos.contains(id)) {
-                if self.inner.get_added_tokens_decoder().contains_key(&id) {
-                    special.eos.push(id);
-                }
-            }
+        // Chat models end their turn with one of these, which not every checkpoint declares.
+        for end in TURN_ENDS {
+            let declared = |id: &u32| self.inner.get_added_tokens_decoder().contains_key(id);
+            let id = self.inner.token_to_id(end).filter(declared);
+            special.eos.extend(id.filter(|id| !special.eos.contains(id)));
         }
         let spelling = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id)).unwrap_or_default();
         let (bos, eos) = (spelling(special.bos), spelling(special.eos.first().copied()));

@@ -48,11 +48,8 @@ fn work_and_output_are_bounded() {
 fn template_args_reach_the_template_but_set_nothing_of_ours() {
     let t = template("{{ thinking }}{{ messages | length }}");
     let mut input = chat(json!([{"role": "user", "content": ""}]));
-    input.template_args = Map::from_iter([("thinking".to_owned(), json!(true))]);
-    assert_eq!(
-        t.render(&input).expect("renders"),
-        "true1".replace("true", &t.render(&input).expect("renders")[..4])
-    );
+    input.template_args = Map::from_iter([("thinking".to_owned(), json!("deep"))]);
+    assert_eq!(t.render(&input).expect("renders"), "deep1");
     for name in RESERVED {
         input.template_args = Map::from_iter([(name.to_owned(), json!([]))]);
         assert!(t.render(&input).is_err(), "{name}");

@@ -1,0 +1,45 @@
+//! The command line: one file a subcommand.
+
+mod model;
+mod pull;
+mod serve;
+
+pub use model::open_model;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::options::Options;
+
+/// An inference server in which every request says how much of the model it wants.
+#[derive(Debug, Parser)]
+#[command(name = "rheostat", version, about)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a model over HTTP and gRPC, pulling it first if it is not there
+    Serve(Box<Options>),
+    /// Fetch a model of the catalogue, or do nothing when it is there
+    Pull(pull::Options),
+}
+
+/// Runs the command line and returns the process's exit status: 0 when all went well, 1 when it could not
+/// be done, 2 when the command line is wrong.
+pub fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Serve(options) => serve::main(*options),
+        Command::Pull(options) => pull::main(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("rheostat: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}

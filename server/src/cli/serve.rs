@@ -1,0 +1,32 @@
+//! `rheostat serve`
+
+use crate::config::Config;
+use crate::config::options::Options;
+use crate::run::{Listeners, run};
+use crate::{shutdown, telemetry};
+
+/// Serves until a signal.
+pub(super) fn main(options: Options) -> Result<(), String> {
+    let config = Config::resolve(options).map_err(|e| e.to_string())?;
+    telemetry::logs::init(&config.log_filter, config.log_format)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| format!("the async runtime cannot start: {e}"))?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<(), String> {
+    let signal = shutdown::signal().map_err(|e| format!("signals cannot be handled: {e}"))?;
+    let listeners = Listeners::bind(&config).await.map_err(|e| e.to_string())?;
+    tracing::info!(?config, "configuration");
+    let for_model = config.clone();
+    let model = tokio::task::spawn_blocking(move || super::open_model(&for_model))
+        .await
+        .map_err(|e| format!("loading the model failed: {e}"))??;
+    if let (Ok(http), Ok(grpc)) = (listeners.http.local_addr(), listeners.grpc.local_addr()) {
+        // Standard output, so that whoever starts the process can read where it listens (port 0).
+        println!("serving {} on http://{http} and grpc://{grpc}", model.name);
+    }
+    run(config, model, listeners, signal).await.map_err(|e| e.to_string())
+}

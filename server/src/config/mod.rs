@@ -1,0 +1,193 @@
+//! The operator's configuration, in two steps: [`options`] are what flags, environment and file say;
+//! [`Config`] is what follows from them, validated, without options.
+
+pub mod bytes;
+pub mod options;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::ByteSize;
+use options::Options;
+
+use crate::admission::Limits;
+use crate::telemetry::MetricsCompat;
+use crate::telemetry::logs::LogFormat;
+
+/// A configuration that the server can run with.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// A catalogue name, a GGUF file or a Hugging Face folder.
+    pub model: String,
+    /// Where pulled models lie.
+    pub cache: Option<PathBuf>,
+    /// An operator's catalogue, beside the built-in one.
+    pub catalogue: Option<PathBuf>,
+    /// HTTP front end.
+    pub http: HttpConfig,
+    /// Where gRPC listens.
+    pub grpc: SocketAddr,
+    /// The engine.
+    pub engine: EngineConfig,
+    /// Bounds on requests.
+    pub limits: Limits,
+    /// How long running requests may go on after a stop signal.
+    pub drain: Duration,
+    /// Other servers' metric names.
+    pub metrics_compat: MetricsCompat,
+    /// Log filter, as `RUST_LOG` spells it.
+    pub log_filter: String,
+    /// Log layout.
+    pub log_format: LogFormat,
+}
+
+/// The HTTP front end.
+#[derive(Debug, Clone)]
+pub struct HttpConfig {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Bytes of a request's body at most.
+    pub max_body: usize,
+    /// Connections at once.
+    pub max_connections: usize,
+    /// How long a client may take to send a request's headers.
+    pub header_timeout: Duration,
+}
+
+/// The engine.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Compute threads.
+    pub threads: std::num::NonZeroUsize,
+    /// Sequences that run at once.
+    pub max_num_seqs: usize,
+    /// Tokens of a step.
+    pub max_num_batched_tokens: usize,
+    /// Longest sequence; `None` means the model's context, or what the KV pool holds.
+    pub max_model_len: Option<usize>,
+    /// KV slots in a page.
+    pub block_size: usize,
+    /// Reuse the KV of equal prefixes.
+    pub prefix_caching: bool,
+    /// Bytes of the KV pool.
+    pub kv_bytes: u64,
+}
+
+/// A configuration that cannot be used, as a sentence.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl Config {
+    /// Reads the file that `flags` (command line and environment) name, lets flags win over it, and
+    /// validates the result.
+    ///
+    /// # Errors
+    /// The first mistake, with where it is and what would be right.
+    pub fn resolve(flags: Options) -> Result<Self, ConfigError> {
+        let file = match &flags.config {
+            Some(path) => read(path)?,
+            None => Options::default(),
+        };
+        Self::validate(flags.over(file))
+    }
+
+    fn validate(options: Options) -> Result<Self, ConfigError> {
+        let Options { server, http, grpc, engine, memory, limits, metrics, log, config: _ } = options;
+        let defaults = Limits::default();
+        let config = Self {
+            model: server.model.unwrap_or_else(|| "smollm2-135m".into()),
+            cache: server.cache,
+            catalogue: server.catalogue,
+            http: HttpConfig {
+                address: http.address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080))),
+                max_body: http.max_body.map_or(4 << 20, |size| size.bytes() as usize),
+                max_connections: http.max_connections.unwrap_or(10_240),
+                header_timeout: Duration::from_secs(http.header_timeout_seconds.unwrap_or(15)),
+            },
+            grpc: grpc.address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 50051))),
+            engine: EngineConfig {
+                threads: engine.threads.unwrap_or_else(cores),
+                max_num_seqs: engine.max_num_seqs.unwrap_or(256),
+                max_num_batched_tokens: engine.max_num_batched_tokens.unwrap_or(512),
+                max_model_len: engine.max_model_len,
+                block_size: engine.block_size.unwrap_or(16),
+                prefix_caching: engine.prefix_caching.unwrap_or(true),
+                kv_bytes: memory.kv.map_or_else(default_kv, ByteSize::bytes),
+            },
+            limits: Limits {
+                max_concurrent_requests: limits
+                    .max_concurrent_requests
+                    .unwrap_or(defaults.max_concurrent_requests),
+                max_n: limits.max_n.unwrap_or(defaults.max_n),
+                max_total_tokens: limits.max_total_tokens.unwrap_or(defaults.max_total_tokens),
+                max_stop_texts: limits.max_stop_texts.unwrap_or(defaults.max_stop_texts),
+                max_logprobs: limits.max_logprobs.unwrap_or(defaults.max_logprobs),
+                max_prompt_bytes: limits
+                    .max_prompt_bytes
+                    .map_or(defaults.max_prompt_bytes, |size| size.bytes() as usize),
+                ..defaults
+            },
+            drain: Duration::from_secs(server.drain_seconds.unwrap_or(30)),
+            metrics_compat: metrics.compat.unwrap_or_default(),
+            log_filter: log.filter.unwrap_or_else(|| "info".into()),
+            log_format: log.format.unwrap_or_default(),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// One sentence a rule.
+    fn check(&self) -> Result<(), ConfigError> {
+        let engine = &self.engine;
+        let rules = [
+            (
+                engine.block_size == 0 || !engine.block_size.is_multiple_of(16),
+                format!("engine.block_size is {}; it must be a multiple of 16", engine.block_size),
+            ),
+            (engine.max_num_seqs == 0, "engine.max_num_seqs must be at least 1".into()),
+            (engine.max_num_batched_tokens == 0, "engine.max_num_batched_tokens must be at least 1".into()),
+            (engine.max_model_len == Some(0), "engine.max_model_len must be at least 1".into()),
+            (
+                self.limits.max_concurrent_requests == 0,
+                "limits.max_concurrent_requests must be at least 1".into(),
+            ),
+            (self.limits.max_n == 0, "limits.max_n must be at least 1".into()),
+            (self.http.max_body < 1024, "http.max_body must be at least 1KiB".into()),
+            (self.http.max_connections == 0, "http.max_connections must be at least 1".into()),
+            (
+                self.http.address == self.grpc && self.grpc.port() != 0,
+                format!("http.address and grpc.address are both {}; they must differ", self.grpc),
+            ),
+            (self.model.is_empty(), "model is empty; name one of the catalogue or give a path".into()),
+        ];
+        match rules.into_iter().find(|(broken, _)| *broken) {
+            Some((_, sentence)) => Err(ConfigError(sentence)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Options, ConfigError> {
+    let fail = |what: String| ConfigError(format!("{}: {what}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+    Options::from_toml(&text).map_err(fail)
+}
+
+fn cores() -> std::num::NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(std::num::NonZeroUsize::MIN)
+}
+
+/// A quarter of the machine's memory, 1 GiB at most. Pages that were never used cost nothing.
+fn default_kv() -> u64 {
+    const MOST: u64 = 1 << 30;
+    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
+    });
+    total.map_or(MOST, |kib| (kib * 1024 / 4).min(MOST))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,188 @@
+//! What can be configured. Each key is a flag, an environment variable and a key of the TOML file; its
+//! comment is the help text.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use super::bytes::ByteSize;
+use crate::telemetry::MetricsCompat;
+use crate::telemetry::logs::LogFormat;
+
+/// A group of keys: a struct of optional values that clap and serde fill, and that can be laid over
+/// another.
+macro_rules! section {
+    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $field:ident: $ty:ty = $flag:literal, $env:literal;)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Default, clap::Args, serde::Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name {
+            $($(#[doc = $doc])+ #[arg(id = $flag, long = $flag, env = $env)] pub $field: Option<$ty>,)*
+        }
+
+        impl $name {
+            /// Values of `self` where it has them, else of `below`.
+            fn over(self, below: Self) -> Self {
+                Self { $($field: self.$field.or(below.$field),)* }
+            }
+        }
+    };
+}
+
+section! {
+    /// `[server]`
+    ServerOptions {
+        /// Model to serve: a name of the catalogue, a GGUF file, or a Hugging Face folder [default: smollm2-135m]
+        model: String = "model", "RHEOSTAT_MODEL";
+        /// Folder for pulled models [default: the user's cache folder]
+        cache: PathBuf = "cache", "RHEOSTAT_CACHE";
+        /// TOML file with further catalogue entries
+        catalogue: PathBuf = "catalogue", "RHEOSTAT_CATALOGUE";
+        /// Seconds that running requests may go on after a stop signal [default: 30]
+        drain_seconds: u64 = "drain-seconds", "RHEOSTAT_DRAIN_SECONDS";
+    }
+}
+
+section! {
+    /// `[http]`
+    HttpOptions {
+        /// Address of the HTTP server [default: 127.0.0.1:8080]
+        address: SocketAddr = "http", "RHEOSTAT_HTTP";
+        /// Largest request body [default: 4MiB]
+        max_body: ByteSize = "http-max-body", "RHEOSTAT_HTTP_MAX_BODY";
+        /// Connections at once [default: 10240]
+        max_connections: usize = "http-max-connections", "RHEOSTAT_HTTP_MAX_CONNECTIONS";
+        /// Seconds that a client may take to send a request's headers [default: 15]
+        header_timeout_seconds: u64 = "http-header-timeout-seconds", "RHEOSTAT_HTTP_HEADER_TIMEOUT_SECONDS";
+    }
+}
+
+section! {
+    /// `[grpc]`
+    GrpcOptions {
+        /// Address of the gRPC server [default: 127.0.0.1:50051]
+        address: SocketAddr = "grpc", "RHEOSTAT_GRPC";
+    }
+}
+
+section! {
+    /// `[engine]`
+    EngineOptions {
+        /// Compute threads [default: all cores]
+        threads: NonZeroUsize = "threads", "RHEOSTAT_THREADS";
+        /// Sequences that run at once [default: 256]
+        max_num_seqs: usize = "max-num-seqs", "RHEOSTAT_MAX_NUM_SEQS";
+        /// Tokens that a step runs, over prefill chunks and decode rows [default: 512]
+        max_num_batched_tokens: usize = "max-num-batched-tokens", "RHEOSTAT_MAX_NUM_BATCHED_TOKENS";
+        /// Longest sequence, prompt and output together [default: the model's context, or what the KV pool holds]
+        max_model_len: usize = "max-model-len", "RHEOSTAT_MAX_MODEL_LEN";
+        /// KV slots in a page, a multiple of 16 [default: 16]
+        block_size: usize = "block-size", "RHEOSTAT_BLOCK_SIZE";
+        /// Reuse the KV of equal prefixes [default: true]
+        prefix_caching: bool = "prefix-caching", "RHEOSTAT_PREFIX_CACHING";
+    }
+}
+
+section! {
+    /// `[memory]`
+    MemoryOptions {
+        /// Size of the KV pool [default: a quarter of the machine's memory, 1GiB at most]
+        kv: ByteSize = "memory-kv", "RHEOSTAT_MEMORY_KV";
+    }
+}
+
+section! {
+    /// `[limits]`
+    LimitOptions {
+        /// Requests that are queued or running at once; more are refused with 429 [default: 512]
+        max_concurrent_requests: usize = "max-concurrent-requests", "RHEOSTAT_MAX_CONCURRENT_REQUESTS";
+        /// Choices (`n`) of a request [default: 128]
+        max_n: usize = "max-n", "RHEOSTAT_MAX_N";
+        /// Tokens that all choices of a request may generate together [default: 1048576]
+        max_total_tokens: usize = "max-total-tokens", "RHEOSTAT_MAX_TOTAL_TOKENS";
+        /// Stop texts of a request [default: 16]
+        max_stop_texts: usize = "max-stop-texts", "RHEOSTAT_MAX_STOP_TEXTS";
+        /// Alternatives reported per token [default: 20]
+        max_logprobs: usize = "max-logprobs", "RHEOSTAT_MAX_LOGPROBS";
+        /// Bytes of a prompt as written, messages and template arguments together [default: 1MiB]
+        max_prompt_bytes: ByteSize = "max-prompt-bytes", "RHEOSTAT_MAX_PROMPT_BYTES";
+    }
+}
+
+section! {
+    /// `[metrics]`
+    MetricsOptions {
+        /// Repeat the core metrics under another server's names [default: vllm]
+        compat: MetricsCompat = "metrics-compat", "RHEOSTAT_METRICS_COMPAT";
+    }
+}
+
+section! {
+    /// `[log]`
+    LogOptions {
+        /// Level, or directives such as `info,rheostat::http=debug` [default: info]
+        filter: String = "log", "RHEOSTAT_LOG";
+        /// Layout of log lines [default: text]
+        format: LogFormat = "log-format", "RHEOSTAT_LOG_FORMAT";
+    }
+}
+
+/// Every key, from one source or several.
+#[derive(Debug, Clone, Default, clap::Args, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// TOML file with any of these keys
+    #[arg(long, env = "RHEOSTAT_CONFIG")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub server: ServerOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub http: HttpOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub grpc: GrpcOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub memory: MemoryOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub limits: LimitOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub log: LogOptions,
+}
+
+impl Options {
+    /// Reads a TOML file's text.
+    ///
+    /// # Errors
+    /// The line and what is wrong with it; of an unknown key, the keys that there are.
+    pub fn from_toml(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|e| e.to_string())
+    }
+
+    /// Values of `self` where it has them, else of `below`.
+    #[must_use]
+    pub fn over(self, below: Self) -> Self {
+        Self {
+            config: self.config.or(below.config),
+            server: self.server.over(below.server),
+            http: self.http.over(below.http),
+            grpc: self.grpc.over(below.grpc),
+            engine: self.engine.over(below.engine),
+            memory: self.memory.over(below.memory),
+            limits: self.limits.over(below.limits),
+            metrics: self.metrics.over(below.metrics),
+            log: self.log.over(below.log),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Errors in OpenAI's shape.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::error::{Error, ErrorKind};
+
+/// Seconds after which a refused client may come back.
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+
+/// An error's body.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorBody {
+    error: ErrorDetail,
+}
+
+/// What is wrong.
+#[derive(Debug, Serialize, ToSchema)]
+struct ErrorDetail {
+    /// What is wrong and what to do about it.
+    message: String,
+    /// Class of the error, as OpenAI names it.
+    r#type: &'static str,
+    /// The request field that caused it.
+    param: Option<String>,
+    /// HTTP status, as a string.
+    code: String,
+}
+
+impl ErrorBody {
+    pub(super) fn new(error: Error) -> Self {
+        let (status, _, r#type) = error.kind.codes();
+        Self {
+            error: ErrorDetail {
+                message: error.message,
+                r#type,
+                param: error.param,
+                code: status.to_string(),
+            },
+        }
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let kind = self.kind;
+        let status = StatusCode::from_u16(kind.codes().0).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = (status, Json(ErrorBody::new(self))).into_response();
+        if matches!(kind, ErrorKind::Overloaded | ErrorKind::Unavailable) {
+            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+        }
+        response
+    }
+}

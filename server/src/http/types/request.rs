@@ -1,0 +1,202 @@
+//! The fields of completions and chats beside sampling.
+
+use serde::Deserialize;
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use super::Object;
+use super::sampling::SamplingFields;
+use crate::error::Error;
+use crate::request::Prompt;
+
+/// Prompts of one completion request.
+const MAX_PROMPTS: usize = 256;
+
+/// Options of a stream.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct StreamOptions {
+    /// Send a last chunk with the usage of the whole request.
+    pub(crate) include_usage: Option<bool>,
+}
+
+/// What a request asks of the model's compression.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct CompressionFields {
+    /// A profile of the model.
+    profile: Option<String>,
+    /// Methods by name.
+    #[serde(flatten)]
+    #[schema(ignore)]
+    methods: Object,
+}
+
+impl CompressionFields {
+    /// # Errors
+    /// Names a method that this server does not have.
+    pub(crate) fn options(
+        self,
+        header: Option<String>,
+    ) -> Result<model_zoo::compression::CompressionOptions, Error> {
+        if let Some((method, _)) = self.methods.iter().find(|(_, value)| !value.is_null()) {
+            let param = format!("compression.{method}");
+            return Err(Error::invalid(&param, format!("{param} is not supported by this server")));
+        }
+        Ok(model_zoo::compression::CompressionOptions { profile: self.profile.or(header) })
+    }
+}
+
+/// Fields that text completions and chats share.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct CommonFields {
+    /// The model's name.
+    pub(crate) model: Option<String>,
+    /// Choices.
+    pub(crate) n: Option<i64>,
+    /// Tokens to generate at most.
+    pub(crate) max_tokens: Option<i64>,
+    /// The same, in OpenAI's newer spelling.
+    pub(crate) max_completion_tokens: Option<i64>,
+    /// Answer as server-sent events.
+    pub(crate) stream: Option<bool>,
+    /// Options of the stream.
+    pub(crate) stream_options: Option<StreamOptions>,
+    /// Encode the prompt with the model's special tokens; true by default for text, false for chats.
+    pub(crate) add_special_tokens: Option<bool>,
+    /// Requests share cached prefixes only with equal salts.
+    pub(crate) cache_salt: Option<String>,
+    /// What of the model to run.
+    pub(crate) compression: Option<CompressionFields>,
+    /// Report token ids.
+    pub(crate) return_token_ids: Option<bool>,
+}
+
+/// Fields of a text completion.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct CompletionFields {
+    /// A text, a list of texts, a list of token ids, or a list of such lists.
+    #[schema(value_type = Object)]
+    pub(crate) prompt: Option<Value>,
+    /// Return the prompt before the completion.
+    pub(crate) echo: Option<bool>,
+    /// Report log-probabilities, with this many alternatives a token.
+    pub(crate) logprobs: Option<u32>,
+}
+
+/// Fields of a chat completion.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(crate) struct ChatFields {
+    /// The conversation.
+    #[schema(value_type = Vec<Object>)]
+    pub(crate) messages: Option<Vec<Value>>,
+    /// Report log-probabilities.
+    pub(crate) logprobs: Option<bool>,
+    /// Alternatives a token.
+    pub(crate) top_logprobs: Option<u32>,
+    /// Further variables of the chat template.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) chat_template_kwargs: Option<Object>,
+    /// Open an assistant turn; true by default.
+    pub(crate) add_generation_prompt: Option<bool>,
+}
+
+/// A text completion request (documentation of the three groups as one body).
+#[derive(Debug, Deserialize, ToSchema)]
+#[allow(dead_code)]
+pub(crate) struct CompletionRequest {
+    #[serde(flatten)]
+    completion: CompletionFields,
+    #[serde(flatten)]
+    common: CommonFields,
+    #[serde(flatten)]
+    sampling: SamplingFields,
+}
+
+/// A chat completion request (documentation of the three groups as one body).
+#[derive(Debug, Deserialize, ToSchema)]
+#[allow(dead_code)]
+pub(crate) struct ChatRequest {
+    #[serde(flatten)]
+    chat: ChatFields,
+    #[serde(flatten)]
+    common: CommonFields,
+    #[serde(flatten)]
+    sampling: SamplingFields,
+}
+
+/// The prompts of a completion request.
+///
+/// # Errors
+/// When it is none of the four forms, or there are too many.
+pub(crate) fn prompts(value: Option<Value>) -> Result<Vec<Prompt>, Error> {
+    const FORMS: &str =
+        "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids";
+    let fail = || Error::invalid("prompt", FORMS);
+    let found = match value.unwrap_or_default() {
+        Value::Null => return Err(Error::invalid("prompt", "prompt is required")),
+        Value::String(text) => vec![Prompt::Text(text)],
+        Value::Array(items) if items.is_empty() => return Err(Error::invalid("prompt", "prompt is empty")),
+        Value::Array(items) if items[0].is_number() => vec![Prompt::Tokens(token_ids(items)?)],
+        Value::Array(items) => items
+            .into_iter()
+            .map(|item| match item {
+                Value::String(text) => Ok(Prompt::Text(text)),
+                Value::Array(ids) => token_ids(ids).map(Prompt::Tokens),
+                _ => Err(fail()),
+            })
+            .collect::<Result<_, _>>()?,
+        _ => return Err(fail()),
+    };
+    if found.len() > MAX_PROMPTS {
+        return Err(Error::invalid("prompt", format!("{} prompts; {MAX_PROMPTS} are allowed", found.len())));
+    }
+    Ok(found)
+}
+
+fn token_ids(items: Vec<Value>) -> Result<Vec<u32>, Error> {
+    let id = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
+    let bad =
+        |item: &Value| Error::invalid("prompt", format!("prompt has {item} where a token id is expected"));
+    items.iter().map(|item| id(item).ok_or_else(|| bad(item))).collect()
+}
+
+/// A chat's messages as templates expect them: content parts of type text become their text.
+///
+/// # Errors
+/// When a message is malformed or has parts that are not text.
+pub(crate) fn messages(given: Option<Vec<Value>>) -> Result<Vec<Value>, Error> {
+    let given = given.ok_or_else(|| Error::invalid("messages", "messages is required"))?;
+    given.into_iter().enumerate().map(|(index, message)| normalise(index, message)).collect()
+}
+
+fn normalise(index: usize, message: Value) -> Result<Value, Error> {
+    let fail = |what: &str| Error::invalid("messages", format!("messages[{index}]{what}"));
+    let Value::Object(mut message) = message else { return Err(fail(" must be an object")) };
+    if !message.get("role").is_some_and(Value::is_string) {
+        return Err(fail(".role is required and must be a string"));
+    }
+    let content = match message.remove("content") {
+        None | Some(Value::Null) => Value::Null,
+        Some(Value::String(text)) => Value::String(text),
+        Some(Value::Array(parts)) => Value::String(join_parts(&parts).map_err(|what| fail(&what))?),
+        Some(_) => return Err(fail(".content must be a string or a list of parts")),
+    };
+    message.insert("content".into(), content);
+    Ok(Value::Object(message))
+}
+
+fn join_parts(parts: &[Value]) -> Result<String, String> {
+    let mut texts = Vec::with_capacity(parts.len());
+    for (i, part) in parts.iter().enumerate() {
+        match part.get("type").and_then(Value::as_str) {
+            Some("text") => match part.get("text").and_then(Value::as_str) {
+                Some(text) => texts.push(text),
+                None => return Err(format!(".content[{i}].text must be a string")),
+            },
+            Some(other) => {
+                return Err(format!(".content[{i}] is of type {other:?}, which this model does not take"));
+            }
+            None => return Err(format!(".content[{i}].type is required")),
+        }
+    }
+    Ok(texts.join("\n"))
+}

@@ -1,0 +1,123 @@
+//! Responses of completions and chats, whole and in chunks.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::request::ChoiceUsage;
+
+/// Tokens of a whole request.
+#[derive(Debug, Default, Clone, Serialize, ToSchema)]
+pub(crate) struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+    prompt_tokens_details: PromptDetails,
+}
+
+/// Of the prompt tokens.
+#[derive(Debug, Default, Clone, Serialize, ToSchema)]
+pub(crate) struct PromptDetails {
+    /// Tokens whose KV came from the prefix cache.
+    cached_tokens: usize,
+}
+
+impl Usage {
+    /// Adds a finished choice; the prompt counts once, with its first choice.
+    pub(crate) fn add(&mut self, choice: usize, usage: &ChoiceUsage) {
+        if choice == 0 {
+            self.prompt_tokens += usage.prompt_tokens;
+            self.prompt_tokens_details.cached_tokens += usage.cached_tokens;
+        }
+        self.completion_tokens += usage.completion_tokens;
+        self.total_tokens = self.prompt_tokens + self.completion_tokens;
+    }
+}
+
+/// Log-probabilities of a text completion: parallel arrays, one entry a token.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct CompletionLogprobs {
+    pub(crate) tokens: Vec<String>,
+    /// `null` for the first token of a prompt.
+    pub(crate) token_logprobs: Vec<Option<f32>>,
+    pub(crate) top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
+    /// Where each token begins in the text, in characters.
+    pub(crate) text_offset: Vec<usize>,
+}
+
+/// One choice of a text completion, or a chunk of it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct CompletionChoice {
+    pub(crate) index: usize,
+    pub(crate) text: String,
+    pub(crate) logprobs: Option<CompletionLogprobs>,
+    pub(crate) finish_reason: Option<&'static str>,
+    /// The stop text that ended it.
+    pub(crate) stop_reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<Vec<u32>>,
+}
+
+/// A chat's log-probability of one token.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ChatLogprob {
+    pub(crate) token: String,
+    pub(crate) logprob: f32,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) top_logprobs: Vec<TopLogprob>,
+}
+
+/// An alternative.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct TopLogprob {
+    pub(crate) token: String,
+    pub(crate) logprob: f32,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Log-probabilities of a chat choice.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct ChatLogprobs {
+    pub(crate) content: Vec<ChatLogprob>,
+}
+
+/// A message, or what a chunk adds to it.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct ChatMessage {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) content: Option<String>,
+}
+
+/// One choice of a chat completion.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ChatChoice {
+    pub(crate) index: usize,
+    /// Of a whole response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) message: Option<ChatMessage>,
+    /// Of a chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) delta: Option<ChatMessage>,
+    pub(crate) logprobs: Option<ChatLogprobs>,
+    pub(crate) finish_reason: Option<&'static str>,
+    /// The stop text that ended it.
+    pub(crate) stop_reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<Vec<u32>>,
+}
+
+/// A response, or a chunk of a stream.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Envelope<C> {
+    pub(crate) id: String,
+    pub(crate) object: &'static str,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) choices: Vec<C>,
+    /// Of the whole request; in a stream, on the last chunk when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) usage: Option<Option<Usage>>,
+}

@@ -1,0 +1,189 @@
+//! A running server: both front ends over one service, until a shutdown.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use model_zoo::loader::LoadedModel;
+use model_zoo::models::ModelDims;
+use model_zoo::tokenizer::Tokenizer;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::scheduler::SchedulerConfig;
+use crate::service::{ModelInfo, Service, ServiceParts};
+use crate::telemetry::{Metrics, ServedModel};
+use crate::{grpc, http};
+
+/// How often histogram samples are folded into buckets.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Why the server cannot run, as a sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} ({what}): {source}")]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// Which server wanted it.
+        what: &'static str,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+    /// The model cannot be served with this configuration.
+    #[error("{0}")]
+    Model(String),
+    /// The operating system refused a resource.
+    #[error("the server cannot start: {0}")]
+    Io(#[from] std::io::Error),
+    /// The gRPC server failed.
+    #[error(transparent)]
+    Grpc(#[from] grpc::ServeError),
+}
+
+/// Open sockets of both servers.
+#[derive(Debug)]
+pub struct Listeners {
+    /// HTTP.
+    pub http: TcpListener,
+    /// gRPC.
+    pub grpc: TcpListener,
+}
+
+impl Listeners {
+    /// Listens where `config` says.
+    ///
+    /// # Errors
+    /// [`RunError::Bind`].
+    pub async fn bind(config: &Config) -> Result<Self, RunError> {
+        let bind = async |address: SocketAddr, what| {
+            TcpListener::bind(address).await.map_err(|source| RunError::Bind { address, what, source })
+        };
+        Ok(Self { http: bind(config.http.address, "http").await?, grpc: bind(config.grpc, "grpc").await? })
+    }
+}
+
+/// A model ready to be served under a name.
+pub struct NamedModel {
+    /// What clients call it.
+    pub name: String,
+    /// The loaded model.
+    pub loaded: LoadedModel,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+/// Serves `model` until `shutdown`, then lets running requests finish up to the configured deadline.
+///
+/// # Errors
+/// [`RunError`]: the model does not fit the configuration, or a server failed.
+pub async fn run(
+    config: Config,
+    model: NamedModel,
+    listeners: Listeners,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
+    let scheduler = scheduler_config(&config, model.loaded.model.dims())?;
+    let (service, metrics) = start_service(&config, model, scheduler)?;
+    let (stop, stopping) = watch::channel(false);
+    let stopped = |mut stopping: watch::Receiver<bool>| async move {
+        // An error means that the sender is gone: the server stops then, too.
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    let http = tokio::spawn(http::serve(
+        listeners.http,
+        http::AppState::new(service.clone(), Arc::clone(&metrics), &config.http),
+        stopped(stopping.clone()),
+    ));
+    let grpc =
+        tokio::spawn(grpc::serve(listeners.grpc, service.clone(), Arc::clone(&metrics), stopped(stopping)));
+    let upkeep = tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(UPKEEP);
+        loop {
+            ticks.tick().await;
+            metrics.upkeep();
+        }
+    });
+    shutdown.await;
+    tracing::info!(deadline_s = config.drain.as_secs(), "stopping: running requests may finish");
+    service.drain();
+    stop.send_replace(true);
+    service.shutdown(config.drain).await;
+    upkeep.abort();
+    // Every request has ended; what is left are idle connections and last bytes on their way.
+    let grace = Duration::from_secs(2);
+    let _ = tokio::time::timeout(grace, http).await;
+    match tokio::time::timeout(grace, grpc).await {
+        Ok(Ok(result)) => result.map_err(RunError::from),
+        _ => Ok(()),
+    }
+}
+
+fn start_service(
+    config: &Config,
+    model: NamedModel,
+    scheduler: SchedulerConfig,
+) -> Result<(Service, Arc<Metrics>), RunError> {
+    let dims = model.loaded.model.dims().clone();
+    let max_model_len = model_len(config, &dims, &scheduler)?;
+    let served = ServedModel {
+        model: model.name.clone(),
+        architecture: dims.architecture.clone(),
+        weight_bytes: dims.weight_bytes,
+        block_size: scheduler.block_size,
+        num_pages: scheduler.num_pages,
+        kv_pool_bytes: scheduler.num_pages * dims.kv_layout(scheduler.block_size).page_bytes(),
+    };
+    let metrics = Arc::new(Metrics::new(&served, config.metrics_compat));
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let info = ModelInfo { name: model.name, created, dims, max_model_len, profiles: vec!["dense".into()] };
+    let service = Service::start(ServiceParts {
+        model: model.loaded.model,
+        tokenizer: Arc::new(model.tokenizer),
+        info,
+        scheduler,
+        limits: config.limits.clone(),
+        metrics: Arc::clone(&metrics),
+    })?;
+    Ok((service, metrics))
+}
+
+/// The scheduler's limits, with as many pages as the KV budget holds.
+fn scheduler_config(config: &Config, dims: &ModelDims) -> Result<SchedulerConfig, RunError> {
+    let engine = &config.engine;
+    let page_bytes = dims.kv_layout(engine.block_size).page_bytes();
+    let num_pages = usize::try_from(engine.kv_bytes).unwrap_or(usize::MAX) / page_bytes;
+    if num_pages < dims.num_layers {
+        let least = page_bytes * dims.num_layers;
+        return Err(RunError::Model(format!(
+            "memory.kv is {} bytes; this model needs at least {least} for one block of tokens",
+            engine.kv_bytes
+        )));
+    }
+    Ok(SchedulerConfig {
+        max_num_batched_tokens: engine.max_num_batched_tokens,
+        max_num_seqs: engine.max_num_seqs,
+        block_size: engine.block_size,
+        num_pages,
+        prefix_caching: engine.prefix_caching,
+    })
+}
+
+/// The longest sequence: as configured, else the model's context or what the KV pool holds.
+fn model_len(config: &Config, dims: &ModelDims, scheduler: &SchedulerConfig) -> Result<usize, RunError> {
+    let pool = scheduler.num_pages / dims.num_layers * scheduler.block_size;
+    let most = dims.max_context.min(pool);
+    match config.engine.max_model_len {
+        Some(asked) if asked > dims.max_context => Err(RunError::Model(format!(
+            "engine.max_model_len is {asked}; the model's context is {} tokens",
+            dims.max_context
+        ))),
+        Some(asked) if asked > pool => Err(RunError::Model(format!(
+            "engine.max_model_len is {asked}; memory.kv holds {pool} tokens: raise it or lower the length"
+        ))),
+        Some(asked) => Ok(asked),
+        None => Ok(most),
+    }
+}
