@@ -1,8 +1,9 @@
 //! Decoders. One trait between the engine and every model.
 
-use crate::Result;
 pub mod decoder;
+pub mod toy;
 
+use crate::Result;
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::step::StepBatch;
 

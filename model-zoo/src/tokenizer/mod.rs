@@ -8,6 +8,7 @@ mod folder;
 mod gguf;
 mod python_json;
 mod strftime;
+pub mod toy;
 
 pub use chat::{ChatInput, ChatTemplate};
 

@@ -1,0 +1,196 @@
+//! A deterministic model of no weights, for tests and for measuring the server's own overhead.
+//!
+//! It keeps the id and the position of every token in the KV pages, and makes the next token's logits
+//! from a hash of everything that it reads back through the block tables. So any mistake of paging,
+//! prefix sharing or preemption changes the text. It speaks the vocabulary of
+//! [`Tokenizer::toy`](crate::tokenizer::Tokenizer::toy), prefers letters, and ends a text now and then.
+
+use std::ops::Range;
+
+use super::{CausalLm, ModelDims};
+use crate::compression::Sublayer;
+use crate::kv_cache::{KvCache, KvLayout, PageId};
+use crate::step::{LogitRows, StepBatch, StepRow};
+use crate::tokenizer::toy::{EOS, VOCAB_SIZE};
+use crate::{Result, ZooError};
+
+const LAYERS: usize = 2;
+/// Of one slot: K and V of two channels, which hold the token's id and its position.
+const SLOT_LEN: usize = 4;
+/// Where a sequence's hash begins (any odd number does).
+const SEED: u64 = 0x9E37_79B9_7F4A_7C15;
+/// Letters and the space are likelier by this: greedy texts are readable, sampled ones hold other bytes.
+const LETTER_BONUS: f32 = 3.0;
+/// After one in so many tokens, the text's end is the likeliest.
+const END_EVERY: u64 = 64;
+const END_BONUS: f32 = 8.0;
+
+/// How the toy misbehaves, for tests of what a defect does to others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ToyOptions {
+    /// A step that runs this token fails.
+    pub fails_on: Option<u32>,
+    /// A step that runs this token panics, after its KV is written.
+    pub panics_on: Option<u32>,
+    /// The logits after this token are NaN.
+    pub nan_on: Option<u32>,
+}
+
+/// The model. See the module's documentation.
+#[derive(Debug)]
+pub struct ToyModel {
+    dims: ModelDims,
+    options: ToyOptions,
+    /// What each logit row of the last step has read; `None` for NaN.
+    read: Vec<Option<u64>>,
+    logits: Vec<f32>,
+}
+
+impl ToyModel {
+    /// A toy for sequences of up to a million tokens.
+    pub fn new(options: ToyOptions) -> Self {
+        let dims = ModelDims {
+            architecture: "toy".into(),
+            num_layers: LAYERS,
+            hidden_size: 2,
+            num_heads: 1,
+            num_kv_heads: 1,
+            head_dim: SLOT_LEN / 2,
+            vocab_size: VOCAB_SIZE,
+            max_context: 1 << 20,
+            weight_bytes: 0,
+        };
+        Self { dims, options, read: Vec::new(), logits: Vec::new() }
+    }
+
+    /// # Errors
+    /// What is malformed about the batch, as every model's.
+    fn check(&self, batch: &StepBatch<'_>, kv: &KvCache) -> Result<()> {
+        let KvLayout { block_size, .. } = kv.layout();
+        if kv.layout() != self.dims.kv_layout(block_size) {
+            return Err(ZooError::Step("the pages do not fit this model".into()));
+        }
+        for row in &batch.rows {
+            let known = row.tokens.iter().all(|&t| (t as usize) < VOCAB_SIZE);
+            let layers = row.block_tables.len() == LAYERS && row.kv_len.len() == LAYERS;
+            let fits = |(table, &len): (&Vec<PageId>, &usize)| {
+                table.len() * block_size >= len + row.tokens.len()
+                    && table.iter().all(|&page| (page as usize) < kv.num_pages())
+            };
+            if row.tokens.is_empty()
+                || !known
+                || !layers
+                || !row.block_tables.iter().zip(row.kv_len).all(fits)
+            {
+                return Err(ZooError::Step(format!("malformed row at position {}", row.first_pos)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what `row` sees and keeps what its logit rows need.
+    fn read_row(&mut self, row: &StepRow<'_>, kv: &KvCache) {
+        let mut hash = [SEED; LAYERS];
+        for (layer, hash) in hash.iter_mut().enumerate().filter(|(layer, _)| runs(row, *layer)) {
+            for slot in 0..row.kv_len[layer] {
+                *hash = mix(*hash, load(kv, &row.block_tables[layer], slot));
+            }
+        }
+        for (index, &token) in row.tokens.iter().enumerate() {
+            for (layer, hash) in hash.iter_mut().enumerate().filter(|(layer, _)| runs(row, *layer)) {
+                *hash = mix(*hash, load(kv, &row.block_tables[layer], row.kv_len[layer] + index));
+            }
+            let wanted = match row.logits {
+                LogitRows::None => false,
+                LogitRows::Last => index + 1 == row.tokens.len(),
+                LogitRows::All => true,
+            };
+            if wanted {
+                let read = hash.iter().fold(SEED, |all, &layer| mix(all, layer));
+                self.read.push((self.options.nan_on != Some(token)).then_some(read));
+            }
+        }
+    }
+}
+
+impl CausalLm for ToyModel {
+    fn dims(&self) -> &ModelDims {
+        &self.dims
+    }
+
+    fn forward(&mut self, batch: &mut StepBatch<'_>, kv: &mut KvCache) -> Result<()> {
+        self.check(batch, kv)?;
+        let runs_token =
+            |token: Option<u32>| token.is_some_and(|t| batch.rows.iter().any(|row| row.tokens.contains(&t)));
+        if runs_token(self.options.fails_on) {
+            return Err(ZooError::Step("the toy was told to fail".into()));
+        }
+        let panics = runs_token(self.options.panics_on);
+        // All is written before any is read: rows that write the same page by mistake spoil each other.
+        for row in &mut batch.rows {
+            write_row(row, kv);
+        }
+        assert!(!panics, "the toy was told to panic");
+        self.read.clear();
+        for row in &batch.rows {
+            self.read_row(row, kv);
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self, rows: Range<usize>) -> Result<&[f32]> {
+        let Some(read) = self.read.get(rows) else {
+            return Err(ZooError::Step("these logit rows are not of the last step".into()));
+        };
+        self.logits.clear();
+        for &row in read {
+            self.logits.extend((0..VOCAB_SIZE as u64).map(|token| logit(row, token)));
+        }
+        Ok(&self.logits)
+    }
+}
+
+fn runs(row: &StepRow<'_>, layer: usize) -> bool {
+    row.plan.runs(layer, Sublayer::Attention)
+}
+
+fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
+    for layer in (0..LAYERS).filter(|&layer| row.plan.runs(layer, Sublayer::Attention)) {
+        for (index, &token) in row.tokens.iter().enumerate() {
+            let start = slot_start(kv.layout(), &row.block_tables[layer], row.kv_len[layer] + index);
+            let word = u64::from(token) << 32 | (row.first_pos + index) as u64;
+            let bits = [0, 16, 32, 48].map(|shift| (word >> shift) as u16);
+            kv.as_bits_mut()[start..start + SLOT_LEN].copy_from_slice(&bits);
+        }
+        row.state.sublayers_run.iter_mut().for_each(|count| *count += row.tokens.len() as u64);
+    }
+}
+
+fn load(kv: &KvCache, table: &[PageId], slot: usize) -> u64 {
+    let start = slot_start(kv.layout(), table, slot);
+    let bits = &kv.as_bits()[start..start + SLOT_LEN];
+    bits.iter().rev().fold(0, |word, &part| word << 16 | u64::from(part))
+}
+
+/// Index of the slot's first value in the pool.
+fn slot_start(layout: KvLayout, table: &[PageId], slot: usize) -> usize {
+    let page = table[slot / layout.block_size] as usize;
+    page * layout.page_len() + slot % layout.block_size * SLOT_LEN
+}
+
+/// In [0, 4) and a bonus; NaN after the token that asks for it.
+fn logit(read: Option<u64>, token: u64) -> f32 {
+    let Some(read) = read else { return f32::NAN };
+    let noise = (mix(read, token) >> 40) as f32 / (1 << 22) as f32;
+    let is_letter = u8::try_from(token).is_ok_and(|byte| byte == b' ' || byte.is_ascii_lowercase());
+    let ends = token == u64::from(EOS) && read.is_multiple_of(END_EVERY);
+    noise + if is_letter { LETTER_BONUS } else { 0.0 } + if ends { END_BONUS } else { 0.0 }
+}
+
+/// The finaliser of `SplitMix64` over both: every bit of either changes half of the result's.
+fn mix(hash: u64, word: u64) -> u64 {
+    let mut z = hash.rotate_left(29).wrapping_add(word).wrapping_mul(SEED);
+    z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ z >> 31
+}
