@@ -1,3 +1,5 @@
-//! The harness of the integration tests: the real server on port 0 and the Python clients' environment.
+//! The harness of the integration tests: the real server on port 0, raw HTTP, and the Python clients.
 
 pub mod python;
+pub mod server;
+pub mod wire;

@@ -1,3 +1,8 @@
-//! The one integration binary: the rules that a program can check, and real clients against the real server.
+//! The one integration binary: the rules that a program can check, and real clients against the real
+//! server with the real model.
 
+mod abuse;
+mod batching;
+mod cancellation;
+mod clients;
 mod tidy;

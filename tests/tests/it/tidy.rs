@@ -18,7 +18,8 @@ fn collect(dir: &Path, root: &Path, extensions: &[&str], found: &mut Vec<Source>
         let path = entry.expect("a readable entry").path();
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         if path.is_dir() {
-            if !matches!(name, "target" | ".git" | "models" | "__pycache__" | "node_modules") {
+            let ours = !matches!(name, "target" | ".git" | "__pycache__") && path != root.join("models");
+            if ours {
                 collect(&path, root, extensions, found);
             }
         } else if extensions.iter().any(|ext| name.ends_with(ext)) {
