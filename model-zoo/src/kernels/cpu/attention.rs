@@ -1,12 +1,18 @@
 //! Causal attention straight over the pages of the KV cache, for decode rows and prefill chunks alike.
 //!
 //! A task is one KV head and a tile of queries of one sequence; the query heads that share the KV head
-//! share each page's conversion to f32. Pages are visited in order with an online softmax
+//! share each conversion to f32. Pages are visited in order with an online softmax
 //! (arXiv 1805.02867), sixteen slots at a time, so that a query's result has the same bits in any tile.
 //! Slots that the sequence has not written may hold anything, NaN included: their scores are masked and
-//! their values replaced by zeros before use.
+//! their values never read.
 
-use super::convert::{narrow_f16, widen_f16};
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use tile::Slots;
+
+use super::convert::narrow_f16;
 use super::isa::Isa;
 use super::pool::Disjoint;
 use super::vector::{exp, multiversion};
@@ -106,9 +112,6 @@ struct QueryTile<'a> {
     sum: Vec<f32>,
     /// `[queries, 16]`
     scores: Vec<f32>,
-    /// Sixteen slots' keys `[head_dim, 16]` and values `[16, head_dim]` in f32
-    keys: Vec<f32>,
-    values: Vec<f32>,
 }
 
 impl<'a> QueryTile<'a> {
@@ -124,8 +127,6 @@ impl<'a> QueryTile<'a> {
             max: vec![f32::NEG_INFINITY; queries],
             sum: vec![0.0; queries * SLOTS],
             scores: vec![0.0; queries * SLOTS],
-            keys: vec![0.0; dim * SLOTS],
-            values: vec![0.0; dim * SLOTS],
         }
     }
 
@@ -146,29 +147,20 @@ impl<'a> QueryTile<'a> {
         for start in (first..end).step_by(SLOTS) {
             let page = segment.block_table[start / block_size] as usize;
             let page = &pages[page * self.shape.layout.page_len()..][..self.shape.layout.page_len()];
-            self.load_slots(isa, page, start % block_size, written - start);
-            score(isa, &self.q, &self.keys, &mut self.scores);
+            let slots = self.slots(page, start % block_size, written - start);
+            tile::score(isa, &self.q, slots, &mut self.scores);
             self.weigh(isa, start);
-            accumulate(isa, &self.scores, &self.values, &mut self.acc);
+            tile::accumulate(isa, &self.scores, slots, &mut self.acc);
         }
     }
 
-    /// Converts sixteen slots from `offset` of a page; only the first `written` hold this sequence's data.
-    fn load_slots(&mut self, isa: Isa, page: &[u16], offset: usize, written: usize) {
-        let KvLayout { num_kv_heads, head_dim, block_size } = self.shape.layout;
-        let keys = &page[self.kv_head * head_dim * block_size..][..head_dim * block_size];
-        let all_values = &page[num_kv_heads * head_dim * block_size..];
-        let values = &all_values[(self.kv_head * block_size + offset) * head_dim..][..SLOTS * head_dim];
-        if block_size == SLOTS {
-            widen_f16(isa, keys, &mut self.keys);
-        } else {
-            for (from, to) in keys.chunks_exact(block_size).zip(self.keys.chunks_exact_mut(SLOTS)) {
-                widen_f16(isa, &from[offset..offset + SLOTS], to);
-            }
-        }
-        let live = written.min(SLOTS) * head_dim;
-        widen_f16(isa, &values[..live], &mut self.values[..live]);
-        self.values[live..].fill(0.0);
+    /// Sixteen slots from `offset` of a page, of which the first `written` hold this sequence's data.
+    fn slots<'p>(&self, page: &'p [u16], offset: usize, written: usize) -> Slots<'p> {
+        let KvLayout { num_kv_heads, head_dim: dim, block_size: stride } = self.shape.layout;
+        let (keys, values) = page.split_at(num_kv_heads * dim * stride);
+        let keys = &keys[self.kv_head * dim * stride..][..dim * stride][offset..];
+        let values = &values[(self.kv_head * stride + offset) * dim..][..written.min(SLOTS) * dim];
+        Slots { keys, stride, values, dim }
     }
 
     /// Turns the scores of the slots from `start` into softmax weights relative to the running maximum.
@@ -230,65 +222,6 @@ multiversion! {
         for (score, sum) in scores.iter_mut().zip(sum) {
             *score = exp(*score - top);
             *sum += *score;
-        }
-    }
-}
-
-multiversion! {
-    /// `scores[query] = Σ_c q[query][c] · keys[c]`, channels in order.
-    fn score(q: &[f32], keys: &[f32], scores: &mut [f32]) {
-        let dim = keys.len() / SLOTS;
-        let mut tiles = q.chunks_exact(4 * dim);
-        let mut outs = scores.chunks_exact_mut(4 * SLOTS);
-        for (q, out) in (&mut tiles).zip(&mut outs) {
-            let (q0, rest) = q.split_at(dim);
-            let (q1, rest) = rest.split_at(dim);
-            let (q2, q3) = rest.split_at(dim);
-            let mut lanes = [[0f32; SLOTS]; 4];
-            for ((((k, a), b), c), d) in keys.chunks_exact(SLOTS).zip(q0).zip(q1).zip(q2).zip(q3) {
-                for s in 0..SLOTS {
-                    lanes[0][s] += a * k[s];
-                    lanes[1][s] += b * k[s];
-                    lanes[2][s] += c * k[s];
-                    lanes[3][s] += d * k[s];
-                }
-            }
-            out.copy_from_slice(lanes.as_flattened());
-        }
-        for (q, out) in tiles.remainder().chunks_exact(dim).zip(outs.into_remainder().chunks_exact_mut(SLOTS)) {
-            let mut lanes = [0f32; SLOTS];
-            for (k, a) in keys.chunks_exact(SLOTS).zip(q) {
-                for s in 0..SLOTS {
-                    lanes[s] += a * k[s];
-                }
-            }
-            out.copy_from_slice(&lanes);
-        }
-    }
-}
-
-multiversion! {
-    /// `acc[query] += Σ_s weights[query][s] · values[s]`, slots in order.
-    fn accumulate(weights: &[f32], values: &[f32], acc: &mut [f32]) {
-        let dim = values.len() / SLOTS;
-        for (weights, acc) in weights.chunks_exact(SLOTS).zip(acc.chunks_exact_mut(dim)) {
-            let mut start = 0;
-            while start + 32 <= dim {
-                let mut lanes = [0f32; 32];
-                lanes.copy_from_slice(&acc[start..start + 32]);
-                for (w, v) in weights.iter().zip(values.chunks_exact(dim)) {
-                    for (lane, v) in lanes.iter_mut().zip(&v[start..start + 32]) {
-                        *lane += w * v;
-                    }
-                }
-                acc[start..start + 32].copy_from_slice(&lanes);
-                start += 32;
-            }
-            for c in start..dim {
-                for (w, v) in weights.iter().zip(values.chunks_exact(dim)) {
-                    acc[c] += w * v[c];
-                }
-            }
         }
     }
 }
