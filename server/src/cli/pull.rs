@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::model::{catalogue, pull_options};
+use crate::telemetry::logs::{self, LogFormat};
 
 /// `rheostat pull`'s flags.
 #[derive(Debug, clap::Args)]
@@ -15,10 +16,14 @@ pub(super) struct Options {
     /// TOML file with further catalogue entries
     #[arg(long, env = "RHEOSTAT_CATALOGUE")]
     catalogue: Option<PathBuf>,
+    /// Level of log lines
+    #[arg(long, env = "RHEOSTAT_LOG", default_value = "info")]
+    log: String,
 }
 
 /// Pulls one model and says where it is.
 pub(super) fn main(options: &Options) -> Result<(), String> {
+    logs::init(&options.log, LogFormat::Text)?;
     let catalogue = catalogue(options.catalogue.as_deref())?;
     let entry = catalogue.get(&options.name).map_err(|e| e.to_string())?;
     let pull = pull_options(options.cache.clone());
