@@ -107,3 +107,6 @@ fn salt(text: &str) -> u64 {
     text.hash(&mut hasher);
     hasher.finish().max(1)
 }
+
+#[cfg(test)]
+mod tests;

@@ -59,3 +59,33 @@ impl Detokenizer {
         self.tokenizer.decode(tokens, self.skip_special).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+        #[test]
+        fn deltas_join_to_the_decoded_whole_and_never_hold_half_a_character(
+            text in "[a-z é日🎉\u{200d}👩\u{301}]{0,24}",
+            cut in 0usize..64,
+        ) {
+            let tokenizer = Arc::new(Tokenizer::toy());
+            let mut tokens = tokenizer.encode(&text, false).expect("the toy encodes any text");
+            // The last character may be cut in its bytes: what is left of it is replaced at the end.
+            tokens.truncate(tokens.len().saturating_sub(cut % 3));
+            let whole = tokenizer.decode(&tokens, true).expect("decodes");
+            let mut detokenizer = Detokenizer::new(tokenizer, true);
+            let mut joined = String::new();
+            for token in tokens {
+                let delta = detokenizer.push(token);
+                prop_assert!(!delta.contains('\u{FFFD}'), "{delta:?}");
+                joined += &delta;
+            }
+            prop_assert_eq!(joined + &detokenizer.finish(), whole);
+        }
+    }
+}
