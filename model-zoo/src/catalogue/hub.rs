@@ -32,13 +32,20 @@ pub(super) fn fetch(
         downloaded.push((file, api.download(file).map_err(failed)?));
     }
     match &entry.file {
-        Some(file) => copy_verified(entry, &staging.join(file), options.progress, |sink| {
-            for (_, path) in &downloaded {
-                let mut reader = fs::File::open(path).map_err(|e| ZooError::io(path, e))?;
-                sink(&mut reader)?;
+        Some(file) => {
+            let joined = copy_verified(entry, &staging.join(file), options.progress, |sink| {
+                for (_, path) in &downloaded {
+                    let mut reader = fs::File::open(path).map_err(|e| ZooError::io(path, e))?;
+                    sink(&mut reader)?;
+                }
+                Ok(())
+            });
+            if joined.is_err() {
+                // What did not verify is not gone on with.
+                let _ = fs::remove_dir_all(staging.join("hub"));
             }
-            Ok(())
-        }),
+            joined
+        }
         None => folder(&downloaded, &staging.join("folder")),
     }
 }

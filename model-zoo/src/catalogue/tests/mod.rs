@@ -1,3 +1,5 @@
+mod hub;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
