@@ -10,6 +10,8 @@ mod sequence;
 mod step;
 mod stop;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use stream::{Guard, TokenStream};
 

@@ -51,15 +51,20 @@ impl Engine {
                     Err(_) => break,
                 }
             }
-            self.drop_cancelled();
-            if self.scheduler.has_work() {
-                self.step();
-            }
-            self.report();
+            self.turn();
         }
     }
 
-    fn take(&mut self, command: Command) {
+    /// Drops what was cancelled, runs a step if there is work, and reports.
+    pub(super) fn turn(&mut self) {
+        self.drop_cancelled();
+        if self.scheduler.has_work() {
+            self.step();
+        }
+        self.report();
+    }
+
+    pub(super) fn take(&mut self, command: Command) {
         match command {
             Command::Generate { request, events } => self.add(request, events),
             Command::Abort { id } => self.abort_where(|choice| choice.live.request.id == id),

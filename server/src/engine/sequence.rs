@@ -1,6 +1,6 @@
 //! What the engine keeps of a request and of each of its choices, and the one place that ends a choice.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use model_zoo::compression::RowState;
@@ -19,11 +19,14 @@ pub(super) struct Live {
     pub(super) request: GenerateRequest,
     events: mpsc::Sender<TokenEvent>,
     arrived: Instant,
+    /// What siblings of the choice that scores the prompt sent before the scores, which come first.
+    held: Mutex<Option<Vec<TokenEvent>>>,
 }
 
 impl Live {
     pub(super) fn new(request: GenerateRequest, events: mpsc::Sender<TokenEvent>) -> Self {
-        Self { request, events, arrived: Instant::now() }
+        let held = Mutex::new(request.prompt_logprobs.then(Vec::new));
+        Self { request, events, arrived: Instant::now(), held }
     }
 
     /// The client went away: nobody will read what the request produces.
@@ -34,7 +37,28 @@ impl Live {
     /// The channel holds every event that the request can cause, so that this fails only when nobody
     /// listens any more.
     pub(super) fn send(&self, event: TokenEvent) {
-        let _ = self.events.try_send(event);
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *held, &event) {
+            (Some(waiting), TokenEvent::Delta { .. } | TokenEvent::Finished { .. }) => waiting.push(event),
+            (_, TokenEvent::Failed(_)) => {
+                *held = None;
+                let _ = self.events.try_send(event);
+            }
+            _ => {
+                let waiting = held.take().unwrap_or_default();
+                for event in std::iter::once(event).chain(waiting) {
+                    let _ = self.events.try_send(event);
+                }
+            }
+        }
+    }
+
+    /// No scores will come: what waited for them goes out.
+    fn release(&self) {
+        let waiting = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for event in waiting.into_iter().flatten() {
+            let _ = self.events.try_send(event);
+        }
     }
 }
 
@@ -195,6 +219,7 @@ impl Choice {
     /// Sends the last event. Text still held back goes before it.
     pub(super) fn end(&mut self, reason: FinishReason, stop: Option<String>) {
         if reason == FinishReason::Abort {
+            self.live.release();
             let text = self.stop.finish() + &self.detokenizer.finish();
             if !text.is_empty() {
                 self.live.send(TokenEvent::Delta { choice: self.index, text, tokens: Vec::new() });
