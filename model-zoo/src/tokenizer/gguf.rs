@@ -8,7 +8,9 @@ use super::{Parts, Pieces, SpecialTokens, Tokenizer};
 use crate::weights::gguf::Metadata;
 use crate::{Result, ZooError};
 
-/// `tokenizer.ggml.token_type` of control tokens (BOS and the like).
+/// `tokenizer.ggml.token_type` of the unknown token.
+const UNKNOWN: i64 = 2;
+/// … of control tokens (BOS and the like).
 const CONTROL: i64 = 3;
 /// … of tokens that the model's makers added by hand.
 const USER_DEFINED: i64 = 4;
@@ -60,18 +62,18 @@ fn vocab(tokens: &[String]) -> Map<String, Value> {
     vocab
 }
 
-/// Control and hand-made tokens are found in a text before anything else.
+/// Unknown, control and hand-made tokens are found in a text before anything else.
 fn added_tokens(metadata: &Metadata, tokens: &[String]) -> Result<Vec<Value>> {
     let types = metadata.get::<&[i64]>("tokenizer.ggml.token_type")?.unwrap_or_default();
     let added = tokens
         .iter()
         .zip(types.iter().copied())
         .enumerate()
-        .filter(|(_, (_, kind))| matches!(*kind, CONTROL | USER_DEFINED));
+        .filter(|(_, (_, kind))| matches!(*kind, UNKNOWN | CONTROL | USER_DEFINED));
     Ok(added
         .map(|(id, (token, kind))| {
             json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": kind == CONTROL})
+                   "normalized": false, "special": kind != USER_DEFINED})
         })
         .collect())
 }
