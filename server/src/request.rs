@@ -223,4 +223,31 @@ pub struct ChoiceUsage {
     pub cached_tokens: usize,
     /// Sampled tokens.
     pub completion_tokens: usize,
+    /// What of the model it ran.
+    pub work: Work,
+}
+
+/// What of the model a choice ran, tokens that were computed again after a preemption included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Attention layers run, over all tokens.
+    pub attention_layers: u64,
+    /// Feed-forward layers run, over all tokens.
+    pub ffn_layers: u64,
+    /// Feed-forward layers that FFN skipping left out.
+    pub ffns_skipped: u64,
+    /// Layers that the dense plan would have run for the same tokens.
+    pub dense_layers: u64,
+    /// Bytes of the KV pages that its tokens filled at its end.
+    pub kv_bytes: u64,
+}
+
+impl std::ops::AddAssign for Work {
+    fn add_assign(&mut self, other: Self) {
+        self.attention_layers += other.attention_layers;
+        self.ffn_layers += other.ffn_layers;
+        self.ffns_skipped += other.ffns_skipped;
+        self.dense_layers += other.dense_layers;
+        self.kv_bytes += other.kv_bytes;
+    }
 }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use model_zoo::compression::Offer;
 use model_zoo::loader::LoadedModel;
 use model_zoo::models::ModelDims;
 use model_zoo::tokenizer::Tokenizer;
@@ -73,6 +74,8 @@ pub struct NamedModel {
     pub loaded: LoadedModel,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
+    /// Its calibration, and the operator's profiles.
+    pub offer: Offer,
 }
 
 /// Serves `model` until `shutdown`, then lets running requests finish up to the configured deadline.
@@ -138,7 +141,7 @@ fn start_service(
     };
     let metrics = Arc::new(Metrics::new(&served, config.metrics_compat));
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let info = ModelInfo { name: model.name, created, dims, max_model_len, profiles: vec!["dense".into()] };
+    let info = ModelInfo { name: model.name, created, dims, max_model_len, offer: model.offer };
     let service = Service::start(ServiceParts {
         model: model.loaded.model,
         tokenizer: Arc::new(model.tokenizer),

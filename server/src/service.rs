@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use model_zoo::compression::{Offer, Plan};
 use model_zoo::models::{CausalLm, ModelDims};
 use model_zoo::tokenizer::Tokenizer;
 
@@ -26,8 +27,8 @@ pub struct ModelInfo {
     pub dims: ModelDims,
     /// Longest sequence served, prompt and output together: the model's, or the operator's limit.
     pub max_model_len: usize,
-    /// Names of the compression profiles that requests may use.
-    pub profiles: Vec<String>,
+    /// What of compression requests may name.
+    pub offer: Offer,
 }
 
 impl ModelInfo {
@@ -54,6 +55,8 @@ pub struct Admitted {
     pub id: String,
     /// The prompt's tokens, for `echo`.
     pub prompt: Arc<[u32]>,
+    /// What of the model it runs.
+    pub plan: Arc<Plan>,
     /// Its events. Dropping them cancels the request.
     pub stream: TokenStream,
 }
@@ -117,8 +120,9 @@ impl Service {
         }
         let (request, guard) = self.admission.admit(request).await?;
         let (id, prompt) = (request.id.clone(), Arc::clone(&request.prompt));
+        let plan = Arc::clone(&request.plan);
         let stream = self.engine.generate(request, guard)?;
-        Ok(Admitted { id, prompt, stream })
+        Ok(Admitted { id, prompt, plan, stream })
     }
 
     /// Aborts the live request of this id: its choices end with what they have.

@@ -17,7 +17,8 @@ use std::time::Duration;
 
 use instruments::{Definition, Instruments, Paired};
 use metrics::{Counter, Gauge, Histogram, Label, Unit};
-pub use samples::{SchedulerGauges, SequenceTimings, ServedModel, StepPhase, StepSample};
+use model_zoo::compression::options::METHODS;
+pub use samples::{CompressionSample, SchedulerGauges, SequenceTimings, ServedModel, StepPhase, StepSample};
 
 use crate::request::FinishReason;
 
@@ -182,6 +183,15 @@ const PREEMPTIONS: Definition = plain(
     "vllm:num_preemptions_total",
     "Sequences that lost their KV pages and were queued again",
 );
+const COMPRESSED: Definition =
+    plain("rheostat_compression_sequences_total", "", "Finished sequences whose plan had the method");
+const SUBLAYERS_RUN: Definition =
+    plain("rheostat_sublayers_run_total", "", "Sublayers run, over all tokens of finished sequences");
+const SUBLAYERS_SKIPPED: Definition = plain(
+    "rheostat_sublayers_skipped_total",
+    "",
+    "Sublayers that the method left out, over all tokens of finished sequences",
+);
 
 // What the server holds now.
 const RUNNING: Definition =
@@ -233,6 +243,9 @@ const DEFINITIONS: &[Definition] = &[
     PREFIX_QUERIES,
     PREFIX_HITS,
     PREEMPTIONS,
+    COMPRESSED,
+    SUBLAYERS_RUN,
+    SUBLAYERS_SKIPPED,
     RUNNING,
     WAITING,
     KV_PAGES,
@@ -281,6 +294,9 @@ pub struct Metrics {
     prefix_queries: Paired<Counter>,
     prefix_hits: Paired<Counter>,
     preemptions: Paired<Counter>,
+    compressed: [Paired<Counter>; METHODS.len()],
+    sublayers_run: [Paired<Counter>; 2],
+    sublayers_skipped: [Paired<Counter>; 3],
     running: Paired<Gauge>,
     waiting: Paired<Gauge>,
     kv_pages: [Paired<Gauge>; 3],
@@ -331,6 +347,11 @@ impl Metrics {
             prefix_queries: counter(&PREFIX_QUERIES),
             prefix_hits: counter(&PREFIX_HITS),
             preemptions: counter(&PREEMPTIONS),
+            compressed: METHODS.map(|m| instruments.counter(&COMPRESSED, label("method", m), Vec::new())),
+            sublayers_run: ["attention", "ffn"]
+                .map(|s| instruments.counter(&SUBLAYERS_RUN, label("sublayer", s), Vec::new())),
+            sublayers_skipped: ["drop", "skip_decode", "ffn_skip"]
+                .map(|m| instruments.counter(&SUBLAYERS_SKIPPED, label("method", m), Vec::new())),
             running: gauge(&RUNNING),
             waiting: gauge(&WAITING),
             kv_pages: ["used", "cached", "free"]
@@ -404,6 +425,20 @@ impl Metrics {
             if life.completion_tokens > 1 {
                 self.tpot.record(decode.as_secs_f64() / (life.completion_tokens - 1) as f64);
             }
+        }
+    }
+
+    /// What a sequence that ended ran of the model. Called once a choice.
+    pub fn compression(&self, sample: &CompressionSample) {
+        for (counter, method) in self.compressed.iter().zip(METHODS) {
+            counter.add(u64::from(sample.methods.contains(&method)));
+        }
+        for (counter, count) in self.sublayers_run.iter().zip(sample.sublayers_run) {
+            counter.add(count);
+        }
+        let skipped = [sample.dropped, sample.too_deep, sample.ffns_skipped];
+        for (counter, count) in self.sublayers_skipped.iter().zip(skipped) {
+            counter.add(count);
         }
     }
 

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use model_zoo::compression::Offer;
 use model_zoo::kv_cache::KvCache;
 use model_zoo::loader::TokenizerSource;
 use model_zoo::models::{CausalLm, ModelDims};
@@ -78,7 +79,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
         created: 0,
         dims: dims.clone(),
         max_model_len: dims.max_context,
-        profiles: vec!["dense".into()],
+        offer: Offer::default(),
     };
     let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
     let parts = ServiceParts {

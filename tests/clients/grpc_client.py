@@ -298,7 +298,11 @@ def check_compression(server):
     with raises(grpc.RpcError, "a profile in the metadata") as caught:
         server.generation.Generate(request(), metadata=[("x-rheostat-profile", "no-such-profile")])
     equal(caught[0].code(), bad, "a profile in the metadata")
-    refused(server, bad, "compression.think", compression=compression.Compression(think=compression.Think(ratio=0.4)))
+    refused(server, bad, "compression.think", compression=compression.Compression(think=compression.Think(ratio=1.4)))
+    shallow = compression.Compression(skip_decode=compression.SkipDecode(min_layers=18, horizon=4))
+    usage = server.generate(compression=shallow, max_tokens=8).usage
+    equal(usage.compression.plan.skip_decode.horizon, 4, "horizon of the plan")
+    check(0 < usage.compression.attention_layers_run < usage.compression.dense_layers, usage)
 
 
 def check_request_ids(server):

@@ -230,8 +230,12 @@ def check_extra_fields(server):
     equal(server.complete(extra_body=dense).choices[0].text, plain, "the dense profile")
     bad = openai.BadRequestError
     refused(bad, None, server.complete, extra_body={"compression": {"profile": "no-such-profile"}})
-    error = refused(bad, None, server.complete, extra_body={"compression": {"think": {"ratio": 0.4}}})
-    check("think" in error.message, f"a method that is not there yet is named: {error.message}")
+    error = refused(bad, None, server.complete, extra_body={"compression": {"think": {"ratio": 1.4}}})
+    check("think" in error.message, f"the option is named: {error.message}")
+    shallow = {"compression": {"skip_decode": {"min_layers": 18, "horizon": 4}}}
+    used = server.complete(max_tokens=8, extra_body=shallow).usage.compression
+    equal(used["plan"]["skip_decode"]["horizon"], 4, "the plan comes back")
+    check(0 < used["attention_layers_run"] < used["dense_layers"], f"fewer layers ran: {used}")
     schema = {"type": "json_object"}
     error = refused(bad, None, server.chat, response_format=schema)
     check("response_format" in error.message, f"an unsupported field is named: {error.message}")

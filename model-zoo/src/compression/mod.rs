@@ -1,15 +1,27 @@
 //! The compression seam: what of the model a request runs.
 //!
 //! [`plan::Plan`] is compiled once, at admission, from [`CompressionOptions`] and never changes; what is
-//! decided while a request runs lives in its [`RowState`]. A decoder asks [`rows`] before each sublayer
-//! which rows of the step take part, and knows no method by name. A method is one file here plus one
-//! line in [`registry`]; today the dense plan is the only occupant.
+//! decided while a request runs lives in its [`RowState`]. A decoder asks the step's [`route::Route`]
+//! before each sublayer which tokens take part, and knows no method by name. A method is one file here
+//! plus one line in [`registry`].
 
+pub mod calibration;
+mod drop;
+pub mod ffn_skip;
+pub mod options;
 pub mod plan;
 pub mod registry;
+pub mod route;
+pub mod skip_decode;
+pub mod think;
 
+use std::collections::{BTreeMap, BTreeSet};
+
+pub use calibration::Calibration;
+pub use options::CompressionOptions;
 pub use plan::{KvDemand, Plan, PlanKey};
-pub use registry::CompressionOptions;
+
+use crate::{Result, ZooError};
 
 /// The two residual sublayers of a decoder layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,39 +32,73 @@ pub enum Sublayer {
     Ffn,
 }
 
-/// Which rows (sequences) of a step take part in a sublayer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rows {
-    /// Every row: the dense path, no gather.
-    All,
-    /// No row: the sublayer's weights are not touched.
-    None,
-    /// Only these row indices, ascending.
-    Some(Vec<usize>),
+/// The request and the model for which options are compiled.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens of the prompt.
+    pub prompt_len: usize,
+    /// Tokens that may be generated.
+    pub max_tokens: usize,
+    /// What this model offers.
+    pub offer: &'a Offer,
 }
 
-/// What a request's plan has decided while it ran: per-row, mutable, private to the compression methods.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What requests can name of one served model.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Offer {
+    /// What was measured of the model, if anything was.
+    pub calibration: Option<Calibration>,
+    /// The operator's own profiles, which win over the model's.
+    pub profiles: BTreeMap<String, CompressionOptions>,
+}
+
+/// What a request's plan has decided while it ran, and the work that it did.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct RowState {
-    /// Sublayers executed for tokens of this row so far, attention then FFN: the realised work.
+    /// Sublayers executed for tokens of this row so far, attention then FFN: the realised work, replays
+    /// after preemption included.
     pub sublayers_run: [u64; 2],
+    /// Feed-forward blocks that FFN skipping left out so far.
+    pub ffns_skipped: u64,
+    /// Decisions of FFN skipping.
+    pub ffn: ffn_skip::FfnDecisions,
 }
 
-/// Answers, for one step, which of `plans` take part in `sublayer` of `layer`.
-///
-/// `plans` yields each row's plan in row order. Rows whose plans agree give [`Rows::All`] or
-/// [`Rows::None`], so that the dense path never gathers.
-pub fn rows<'a>(layer: usize, sublayer: Sublayer, plans: impl ExactSizeIterator<Item = &'a Plan>) -> Rows {
-    let total = plans.len();
-    let mut active = Vec::new();
-    for (row, plan) in plans.enumerate() {
-        if plan.runs(layer, sublayer) {
-            active.push(row);
-        }
+impl Offer {
+    /// The profile `name`.
+    fn profile(&self, name: &str) -> Option<&CompressionOptions> {
+        let calibrated = || self.calibration.as_ref().and_then(|calibration| calibration.profiles.get(name));
+        self.profiles.get(name).or_else(calibrated)
     }
-    match active.len() {
-        0 => Rows::None,
-        n if n == total => Rows::All,
-        _ => Rows::Some(active),
+
+    /// Names of all profiles, `dense` first, then in order.
+    pub fn profile_names(&self) -> Vec<String> {
+        let calibrated = self.calibration.iter().flat_map(|calibration| calibration.profiles.keys());
+        let names: BTreeSet<&String> = self.profiles.keys().chain(calibrated).collect();
+        let others = names.into_iter().filter(|name| *name != registry::DENSE).cloned();
+        std::iter::once(registry::DENSE.to_owned()).chain(others).collect()
     }
 }
+
+impl<'a> Context<'a> {
+    /// The calibration that `method` cannot do without.
+    fn calibration(&self, method: &str) -> Result<&'a Calibration> {
+        let missing = || {
+            ZooError::Compression(format!(
+                "compression.{method} needs a calibration artefact of this model; the operator makes one with `rheostat calibrate`"
+            ))
+        };
+        self.offer.calibration.as_ref().ok_or_else(missing)
+    }
+}
+
+fn refuse<T>(message: impl Into<String>) -> Result<T> {
+    Err(ZooError::Compression(message.into()))
+}
+
+#[cfg(test)]
+mod tests;

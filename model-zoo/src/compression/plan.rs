@@ -1,60 +1,166 @@
-//! The compiled plan of a request, and the two plain values that the scheduler derives from it.
+//! The compiled plan of a request, and the plain values that the scheduler derives from it.
+
+use std::sync::Arc;
 
 use super::Sublayer;
+use super::ffn_skip::FfnPolicy;
+use super::options::CompressionOptions;
 
 /// What of the model a request runs. Immutable after admission; [`Plan::dense`] is the whole model.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+///
+/// Dropped sublayers run for no token, and the layer sets of later tokens nest in those of earlier ones
+/// (methods.md §5b). So every sublayer has one **limit**: it runs the tokens of positions below it. From
+/// this follow the KV slots of a layer, and that a replay after preemption repeats the original work.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
-    num_layers: usize,
+    /// `[layer][attention, ffn]`
+    limits: Vec<[usize; 2]>,
+    key: PlanKey,
+    /// Tokens from the start whose K and V depend on `key` alone.
+    shareable_len: usize,
+    ffn: Option<FfnPolicy>,
+    options: CompressionOptions,
 }
 
-/// Identifies everything in a plan that changes K or V: part of the prefix-cache key, and the class by
-/// which rows of a step are grouped. Equal keys mean interchangeable KV.
+/// Identifies what of a plan changes K and V of its shareable tokens: part of the prefix-cache key.
+/// Equal keys mean interchangeable KV there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PlanKey(pub u64);
 
 /// How many KV slots a sequence needs, layer by layer: what the page accounting knows of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvDemand {
-    num_layers: usize,
+    /// `[layer]`: slots at most.
+    limits: Arc<[usize]>,
+    shareable_len: usize,
 }
 
 impl Plan {
     /// The plan that runs every layer for every token.
     pub fn dense(num_layers: usize) -> Self {
-        Self { num_layers }
+        Self {
+            limits: vec![[usize::MAX; 2]; num_layers],
+            key: PlanKey(0),
+            shareable_len: usize::MAX,
+            ffn: None,
+            options: CompressionOptions::default(),
+        }
     }
 
-    /// Whether this plan runs `sublayer` of `layer`.
-    pub fn runs(&self, layer: usize, _sublayer: Sublayer) -> bool {
-        layer < self.num_layers
+    /// Number of decoder layers of the model.
+    pub fn num_layers(&self) -> usize {
+        self.limits.len()
+    }
+
+    /// Whether every sublayer runs for every token: the path without gathers and decisions.
+    pub fn runs_all(&self) -> bool {
+        self.ffn.is_none() && self.limits.iter().flatten().all(|&limit| limit == usize::MAX)
+    }
+
+    /// What was asked for, with every default filled in: the plan as people read it.
+    pub fn options(&self) -> &CompressionOptions {
+        &self.options
+    }
+
+    /// Sublayers that run for no token.
+    pub fn num_dropped(&self) -> usize {
+        self.limits.iter().flatten().filter(|&&limit| limit == 0).count()
+    }
+
+    /// How many of the `num_tokens` tokens from position `first` run `sublayer` of `layer`, the first
+    /// ones. Of FFN skipping nothing is counted here.
+    pub fn active_len(&self, layer: usize, sublayer: Sublayer, (first, num_tokens): (usize, usize)) -> usize {
+        self.limits[layer][sublayer as usize].saturating_sub(first).min(num_tokens)
+    }
+
+    /// Whether a token at `position` may run `sublayer` of `layer`.
+    pub fn runs(&self, layer: usize, sublayer: Sublayer, position: usize) -> bool {
+        position < self.limits[layer][sublayer as usize]
+    }
+
+    /// Sublayers that tokens `0..num_tokens` run, attention then FFN, before FFN skipping: the closed
+    /// form that a row's counters meet.
+    pub fn work(&self, num_tokens: usize) -> [u64; 2] {
+        let of = |half: usize| self.limits.iter().map(|limits| limits[half].min(num_tokens) as u64).sum();
+        [of(0), of(1)]
+    }
+
+    /// The policy of FFN skipping, if it is on.
+    pub fn ffn(&self) -> Option<&FfnPolicy> {
+        self.ffn.as_ref()
     }
 
     /// The KV slots that this plan fills.
     pub fn kv_demand(&self) -> KvDemand {
-        KvDemand { num_layers: self.num_layers }
+        let limits = self.limits.iter().map(|limits| limits[Sublayer::Attention as usize]).collect();
+        KvDemand { limits, shareable_len: self.shareable_len }
     }
 
-    /// The class of plans whose K and V are interchangeable with this one's.
+    /// The class of plans whose K and V are interchangeable with this one's as far as they are shareable.
     pub fn key(&self) -> PlanKey {
-        PlanKey(0)
+        self.key
+    }
+
+    /// The options to fill in.
+    pub(super) fn options_mut(&mut self) -> &mut CompressionOptions {
+        &mut self.options
+    }
+
+    /// Lowers the limit of a sublayer to `limit`.
+    pub(super) fn limit(&mut self, layer: usize, sublayer: Sublayer, limit: usize) {
+        let own = &mut self.limits[layer][sublayer as usize];
+        *own = limit.min(*own);
+    }
+
+    /// Lets nothing from token `len` on be shared.
+    pub(super) fn share_at_most(&mut self, len: usize) {
+        self.shareable_len = self.shareable_len.min(len);
+    }
+
+    pub(super) fn set_ffn(&mut self, policy: FfnPolicy) {
+        self.ffn = Some(policy);
+    }
+
+    /// Sets the key from the sublayers that never run; those of no drop keep the dense key.
+    pub(super) fn seal_key(&mut self) {
+        // FNV-1a over the dropped sublayers, which is stable from build to build.
+        let mut hash = 0xCBF2_9CE4_8422_2325_u64;
+        let mut dropped = false;
+        for (index, &limit) in self.limits.iter().flatten().enumerate() {
+            if limit == 0 {
+                dropped = true;
+                hash = (hash ^ index as u64).wrapping_mul(0x0100_0000_01B3);
+            }
+        }
+        self.key = PlanKey(if dropped { hash.max(1) } else { 0 });
     }
 }
 
 impl KvDemand {
     /// Demand of a plan that fills every layer for every token.
     pub fn dense(num_layers: usize) -> Self {
-        Self { num_layers }
+        Self { limits: vec![usize::MAX; num_layers].into(), shareable_len: usize::MAX }
     }
 
     /// Number of decoder layers that have a block table.
     pub fn num_layers(&self) -> usize {
-        self.num_layers
+        self.limits.len()
     }
 
     /// KV slots filled in `layer` once the first `num_tokens` tokens of the sequence are computed.
     /// Never decreases with `num_tokens`.
-    pub fn kv_len(&self, _layer: usize, num_tokens: usize) -> usize {
-        num_tokens
+    pub fn kv_len(&self, layer: usize, num_tokens: usize) -> usize {
+        self.limits[layer].min(num_tokens)
+    }
+
+    /// Pages of `block_size` slots that the first `num_tokens` tokens fill, over all layers.
+    pub fn num_pages(&self, block_size: usize, num_tokens: usize) -> usize {
+        (0..self.num_layers()).map(|layer| self.kv_len(layer, num_tokens).div_ceil(block_size)).sum()
+    }
+
+    /// Tokens from the start whose pages other sequences may use: later ones were computed in a way that
+    /// depends on more than the tokens and the plan's key.
+    pub fn shareable_len(&self) -> usize {
+        self.shareable_len
     }
 }

@@ -1,26 +1,78 @@
 //! The list of compression methods, in the order in which they are applied, and their compilation.
 
-use super::Plan;
+use super::options::CompressionOptions;
+use super::{Context, Plan, drop, ffn_skip, refuse, skip_decode, think};
 use crate::Result;
 
-/// A request's compression options as parsed from the wire, before compilation.
-///
-/// A method adds one optional field here; `None` everywhere compiles to the dense plan.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct CompressionOptions {
-    /// A named preset of the model.
-    pub profile: Option<String>,
-}
+/// The profile that every model has.
+pub const DENSE: &str = "dense";
 
-/// Compiles `options` for a model of `num_layers` decoder layers.
+/// Compiles `options` for the request that `context` describes. Methods apply in the order of
+/// methods.md §0.4.
 ///
 /// # Errors
-/// [`crate::ZooError::Compression`] when the profile is unknown or an option does not fit the model.
-pub fn compile(options: &CompressionOptions, num_layers: usize) -> Result<Plan> {
-    match options.profile.as_deref() {
-        None | Some("dense") => Ok(Plan::dense(num_layers)),
-        Some(other) => Err(crate::ZooError::Compression(format!(
-            "compression.profile {other:?} is not a profile of this model; use \"dense\""
-        ))),
+/// [`crate::ZooError::Compression`] when the profile is unknown, an option does not fit the model, or two
+/// options exclude each other.
+pub fn compile(options: &CompressionOptions, context: &Context<'_>) -> Result<Plan> {
+    let options = with_profile(options, context)?;
+    check_together(&options)?;
+    let mut plan = Plan::dense(context.num_layers);
+    if let Some(options) = &options.drop {
+        drop::apply(options, context, &mut plan)?;
     }
+    if let Some(options) = &options.think {
+        think::apply(options, context, &mut plan)?;
+    }
+    if let Some(options) = &options.skip_decode {
+        skip_decode::apply(options, context, &mut plan)?;
+    }
+    if let Some(options) = &options.ffn_skip {
+        ffn_skip::apply(options, context, &mut plan)?;
+    }
+    plan.seal_key();
+    Ok(plan)
+}
+
+/// The options with what their profile adds; a profile takes nothing that another profile is.
+fn with_profile(options: &CompressionOptions, context: &Context<'_>) -> Result<CompressionOptions> {
+    let Some(name) = options.profile.as_deref().filter(|&name| name != DENSE) else {
+        return Ok(options.clone());
+    };
+    let Some(profile) = context.offer.profile(name) else {
+        let known = context.offer.profile_names();
+        let known: Vec<_> = known.iter().map(|name| format!("\"{name}\"")).collect();
+        return refuse(format!(
+            "compression.profile \"{name}\" is not a profile of this model; it has {}",
+            known.join(", ")
+        ));
+    };
+    let mut merged = options.clone().or(profile);
+    // What is asked for by name wins over what the profile brings along, where the two exclude each other.
+    if options.ffn_skip.is_some() && options.skip_decode.is_none() {
+        merged.skip_decode = None;
+    }
+    if options.skip_decode.is_some() && options.ffn_skip.is_none() {
+        merged.ffn_skip = None;
+    }
+    Ok(merged)
+}
+
+fn check_together(options: &CompressionOptions) -> Result<()> {
+    let skips_ffn = options.ffn_skip.filter(|skip| skip.target != Some(0.0));
+    if skips_ffn.is_some() && options.skip_decode.is_some() {
+        return refuse(
+            "compression.skip_decode and compression.ffn_skip exclude each other: both leave out work of the same tokens, and their thresholds were never measured together; send one of them",
+        );
+    }
+    let drops = options.drop.is_some_and(|drop| drop.attention + drop.ffn + drop.joint > 0);
+    if drops
+        && skips_ffn.is_some_and(|skip| {
+            skip.threshold.is_none() && skip.selection.unwrap_or_default() == Default::default()
+        })
+    {
+        return refuse(
+            "compression.drop and compression.ffn_skip together need compression.ffn_skip.threshold: the calibrated ones hold for the model without dropped layers",
+        );
+    }
+    Ok(())
 }

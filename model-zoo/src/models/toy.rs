@@ -73,14 +73,14 @@ impl ToyModel {
         for row in &batch.rows {
             let known = row.tokens.iter().all(|&t| (t as usize) < VOCAB_SIZE);
             let layers = row.block_tables.len() == LAYERS && row.kv_len.len() == LAYERS;
-            let fits = |(table, &len): (&Vec<PageId>, &usize)| {
-                table.len() * block_size >= len + row.tokens.len()
+            let fits = |(layer, (table, &len)): (usize, (&Vec<PageId>, &usize))| {
+                table.len() * block_size >= len + active_len(row, layer)
                     && table.iter().all(|&page| (page as usize) < kv.num_pages())
             };
             if row.tokens.is_empty()
                 || !known
                 || !layers
-                || !row.block_tables.iter().zip(row.kv_len).all(fits)
+                || !row.block_tables.iter().zip(row.kv_len).enumerate().all(fits)
             {
                 return Err(ZooError::Step(format!("malformed row at position {}", row.first_pos)));
             }
@@ -91,13 +91,14 @@ impl ToyModel {
     /// Reads what `row` sees and keeps what its logit rows need.
     fn read_row(&mut self, row: &StepRow<'_>, kv: &KvCache) {
         let mut hash = [SEED; LAYERS];
-        for (layer, hash) in hash.iter_mut().enumerate().filter(|(layer, _)| runs(row, *layer)) {
+        for (layer, hash) in hash.iter_mut().enumerate().filter(|(layer, _)| active_len(row, *layer) > 0) {
             for slot in 0..row.kv_len[layer] {
                 *hash = mix(*hash, load(kv, &row.block_tables[layer], slot));
             }
         }
         for (index, &token) in row.tokens.iter().enumerate() {
-            for (layer, hash) in hash.iter_mut().enumerate().filter(|(layer, _)| runs(row, *layer)) {
+            let active = |layer| index < active_len(row, layer);
+            for (layer, hash) in hash.iter_mut().enumerate().filter(|(layer, _)| active(*layer)) {
                 *hash = mix(*hash, load(kv, &row.block_tables[layer], row.kv_len[layer] + index));
             }
             let wanted = match row.logits {
@@ -150,19 +151,23 @@ impl CausalLm for ToyModel {
     }
 }
 
-fn runs(row: &StepRow<'_>, layer: usize) -> bool {
-    row.plan.runs(layer, Sublayer::Attention)
+/// How many of the row's tokens run `layer`, the first ones.
+fn active_len(row: &StepRow<'_>, layer: usize) -> usize {
+    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
 }
 
 fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
-    for layer in (0..LAYERS).filter(|&layer| row.plan.runs(layer, Sublayer::Attention)) {
-        for (index, &token) in row.tokens.iter().enumerate() {
+    for layer in 0..LAYERS {
+        let active = active_len(row, layer);
+        for (index, &token) in row.tokens.iter().take(active).enumerate() {
             let start = slot_start(kv.layout(), &row.block_tables[layer], row.kv_len[layer] + index);
             let word = u64::from(token) << 32 | (row.first_pos + index) as u64;
             let bits = [0, 16, 32, 48].map(|shift| (word >> shift) as u16);
             kv.as_bits_mut()[start..start + SLOT_LEN].copy_from_slice(&bits);
         }
-        row.state.sublayers_run.iter_mut().for_each(|count| *count += row.tokens.len() as u64);
+        let ffn = row.plan.active_len(layer, Sublayer::Ffn, (row.first_pos, row.tokens.len()));
+        row.state.sublayers_run[0] += active as u64;
+        row.state.sublayers_run[1] += ffn as u64;
     }
 }
 

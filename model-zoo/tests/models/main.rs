@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod blocks;
+mod compression;
 mod configs;
 mod download;
 mod logits;
@@ -10,3 +11,4 @@ mod refusals;
 mod smollm2;
 mod steps;
 mod support;
+mod tiny;

@@ -42,6 +42,8 @@ pub(crate) struct Runner {
 pub(crate) struct Sequence {
     pub(crate) block_tables: Vec<Vec<PageId>>,
     pub(crate) len: usize,
+    pub(crate) plan: Plan,
+    pub(crate) state: RowState,
 }
 
 /// One sequence's part in a step of [`Runner::step`].
@@ -54,7 +56,11 @@ pub(crate) struct Chunk<'a> {
 impl Runner {
     /// The model at `path` with KV for `num_sequences` sequences of `capacity` tokens.
     pub(crate) fn new(path: &Path, num_sequences: usize, capacity: usize) -> Self {
-        let model = load(path, &LoadOptions::default()).unwrap().model;
+        Self::of(load(path, &LoadOptions::default()).unwrap().model, num_sequences, capacity)
+    }
+
+    /// The same over a loaded model.
+    pub(crate) fn of(model: Box<dyn CausalLm>, num_sequences: usize, capacity: usize) -> Self {
         let num_pages = num_sequences * model.dims().num_layers * capacity.div_ceil(BLOCK_SIZE);
         let mut kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages);
         (0..num_pages).for_each(|page| kv.poison(page as PageId));
@@ -65,29 +71,40 @@ impl Runner {
 
     /// An empty sequence with pages for `capacity` tokens.
     pub(crate) fn sequence(&mut self, capacity: usize) -> Sequence {
-        let mut pages = || self.free.split_off(self.free.len() - capacity.div_ceil(BLOCK_SIZE));
-        let block_tables = (0..self.model.dims().num_layers).map(|_| pages()).collect();
-        Sequence { block_tables, len: 0 }
+        let plan = Plan::dense(self.model.dims().num_layers);
+        self.sequence_of(plan, capacity)
+    }
+
+    /// An empty sequence of `plan`, with the pages that its demand names and no more.
+    pub(crate) fn sequence_of(&mut self, plan: Plan, capacity: usize) -> Sequence {
+        let demand = plan.kv_demand();
+        let mut pages = |slots: usize| self.free.split_off(self.free.len() - slots.div_ceil(BLOCK_SIZE));
+        let block_tables =
+            (0..plan.num_layers()).map(|layer| pages(demand.kv_len(layer, capacity))).collect();
+        Sequence { block_tables, len: 0, plan, state: RowState::default() }
     }
 
     /// Runs one step; returns its logits, row after row.
     pub(crate) fn step(&mut self, chunks: Vec<Chunk<'_>>) -> model_zoo::Result<Vec<Vec<f32>>> {
         let dims = self.model.dims().clone();
-        let plan = Plan::dense(dims.num_layers);
-        let lens = chunks.iter().map(|chunk| vec![chunk.sequence.len; dims.num_layers]).collect::<Vec<_>>();
-        let mut states = vec![RowState::default(); chunks.len()];
-        let rows = chunks.iter().zip(&lens).zip(&mut states).map(|((chunk, lens), state)| StepRow {
+        let mut chunks = chunks;
+        let kv_len = |sequence: &Sequence| {
+            let demand = sequence.plan.kv_demand();
+            (0..dims.num_layers).map(|layer| demand.kv_len(layer, sequence.len)).collect::<Vec<_>>()
+        };
+        let lens = chunks.iter().map(|chunk| kv_len(chunk.sequence)).collect::<Vec<_>>();
+        let rows = chunks.iter_mut().zip(&lens).map(|(chunk, lens)| StepRow {
             tokens: chunk.tokens,
             first_pos: chunk.sequence.len,
             kv_len: lens,
             block_tables: &chunk.sequence.block_tables,
             logits: chunk.logits,
-            plan: &plan,
-            state,
+            plan: &chunk.sequence.plan,
+            state: &mut chunk.sequence.state,
         });
         let mut batch = StepBatch { rows: rows.collect() };
-        self.model.forward(&mut batch, &mut self.kv)?;
         let num_logit_rows = batch.num_logit_rows();
+        self.model.forward(&mut batch, &mut self.kv)?;
         for chunk in chunks {
             chunk.sequence.len += chunk.tokens.len();
         }

@@ -12,7 +12,7 @@ pub use live::LiveRequests;
 
 use std::sync::Arc;
 
-use model_zoo::compression::registry;
+use model_zoo::compression::{CompressionOptions, Context, Plan, registry};
 use model_zoo::tokenizer::Tokenizer;
 
 use crate::engine::Guard;
@@ -54,8 +54,6 @@ impl Admission {
         let mut sampling = raw.sampling;
         validate::sampling(&sampling, &self.limits, &self.model)?;
         validate::prompt_size(&raw.prompt, &self.limits)?;
-        let plan = registry::compile(&raw.compression, self.model.dims.num_layers)
-            .map_err(|e| Error::invalid("compression", e.to_string()))?;
         let guard = self.live.enter(&raw.id)?;
         let is_chat = matches!(raw.prompt, Prompt::Chat(_));
         let prompt = self.prompts.encode(raw.prompt, raw.add_special_tokens).await?;
@@ -71,6 +69,7 @@ impl Admission {
             return Err(Error::invalid("max_tokens", message));
         }
         self.limits.check_total(n, max_tokens)?;
+        let plan = self.plan(&raw.compression, prompt.len(), max_tokens)?;
         sampling.seed = Some(sampling.seed.unwrap_or_else(rand::random));
         let request = GenerateRequest {
             id: guard.id().to_owned(),
@@ -83,6 +82,30 @@ impl Admission {
             cache_salt: salt(&raw.cache_salt),
         };
         Ok((request, Box::new(guard)))
+    }
+
+    /// What of the model the request runs.
+    fn plan(
+        &self,
+        options: &CompressionOptions,
+        prompt_len: usize,
+        max_tokens: usize,
+    ) -> Result<Plan, Error> {
+        let dims = &self.model.dims;
+        let context = Context {
+            num_layers: dims.num_layers,
+            head_dim: dims.head_dim,
+            prompt_len,
+            max_tokens,
+            offer: &self.model.offer,
+        };
+        registry::compile(options, &context).map_err(|e| {
+            let message = e.to_string();
+            // The sentence begins with the field that it is about.
+            let first = message.split([' ', ':']).next().unwrap_or_default();
+            let param = if first.starts_with("compression.") { first } else { "compression" };
+            Error::invalid(&param.to_owned(), message)
+        })
     }
 
     /// Fails unless a request of this id is live.

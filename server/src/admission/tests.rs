@@ -1,3 +1,4 @@
+use model_zoo::compression::Offer;
 use model_zoo::models::ModelDims;
 
 use super::*;
@@ -16,7 +17,7 @@ fn admission(max_concurrent_requests: usize) -> Admission {
         weight_bytes: 0,
     };
     let model =
-        ModelInfo { name: "toy".into(), created: 0, dims, max_model_len: 64, profiles: vec!["dense".into()] };
+        ModelInfo { name: "toy".into(), created: 0, dims, max_model_len: 64, offer: Offer::default() };
     let limits = Limits { max_concurrent_requests, ..Limits::default() };
     Admission::new(Arc::new(model), Arc::new(Tokenizer::toy()), limits)
 }

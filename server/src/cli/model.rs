@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use model_zoo::catalogue::{Catalogue, PullOptions, default_cache, pull};
+use model_zoo::compression::Offer;
 use model_zoo::loader::{LoadOptions, load};
 use model_zoo::tokenizer::Tokenizer;
 
@@ -29,7 +30,7 @@ pub fn open_model(config: &Config) -> Result<NamedModel, String> {
     let tokenizer = Tokenizer::load(&loaded.tokenizer, template.as_deref()).map_err(|e| e.to_string())?;
     let (weights_mib, seconds) = (loaded.model.dims().weight_bytes >> 20, begin.elapsed().as_secs_f32());
     tracing::info!(name, path = %path.display(), weights_mib, seconds, "model loaded");
-    Ok(NamedModel { name, loaded, tokenizer })
+    Ok(NamedModel { name, loaded, tokenizer, offer: Offer::default() })
 }
 
 /// A file's name without `.gguf`, a folder's name.

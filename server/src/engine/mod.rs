@@ -69,7 +69,8 @@ pub struct EngineParts {
 /// When the operating system refuses a thread.
 pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<()>)> {
     let (commands, receiver) = mpsc::channel(COMMANDS);
-    let shared = sequence::Shared { tokenizer: parts.tokenizer, metrics: parts.metrics };
+    let kv_layout = parts.model.dims().kv_layout(parts.scheduler.block_size);
+    let shared = sequence::Shared { tokenizer: parts.tokenizer, metrics: parts.metrics, kv_layout };
     let engine = run::Engine::new(parts.model, &parts.scheduler, shared);
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(receiver))?;
     Ok((EngineHandle { commands }, thread))

@@ -4,14 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use model_zoo::compression::RowState;
+use model_zoo::kv_cache::KvLayout;
 use model_zoo::tokenizer::Tokenizer;
 use tokio::sync::mpsc;
 
 use super::detokenizer::Detokenizer;
 use super::sampler::Sampler;
 use super::stop::{Released, StopMatcher};
-use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, TokenEvent, TokenLogprob};
-use crate::telemetry::{Metrics, SequenceTimings};
+use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, TokenEvent, TokenLogprob, Work};
+use crate::telemetry::{CompressionSample, Metrics, SequenceTimings};
 
 /// A request that the engine runs.
 #[derive(Debug)]
@@ -75,6 +76,9 @@ pub(super) struct Choice {
     stop: StopMatcher,
     ends: Arc<[u32]>,
     sampled: usize,
+    /// Tokens run, again after a preemption included.
+    tokens_run: u64,
+    kv_layout: KvLayout,
     cached_tokens: usize,
     clock: Clock,
     metrics: Arc<Metrics>,
@@ -102,6 +106,7 @@ pub(super) enum Progress {
 pub(super) struct Shared {
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) kv_layout: KvLayout,
 }
 
 impl Choice {
@@ -119,6 +124,8 @@ impl Choice {
             stop: StopMatcher::new(sampling.stop.clone(), sampling.include_stop),
             ends,
             sampled: 0,
+            tokens_run: 0,
+            kv_layout: shared.kv_layout,
             cached_tokens: 0,
             clock: Clock::default(),
             metrics: Arc::clone(&shared.metrics),
@@ -138,9 +145,30 @@ impl Choice {
         }
     }
 
+    /// A step ran `tokens` of it, and its plan has decided as `state` says.
+    pub(super) fn ran(&mut self, tokens: usize, state: RowState) {
+        self.tokens_run += tokens as u64;
+        self.state = state;
+    }
+
+    fn work(&self) -> Work {
+        let request = &self.live.request;
+        let [attention_layers, ffn_layers] = self.state.sublayers_run;
+        // The last sampled token is never computed.
+        let computed = request.prompt.len() + self.sampled.saturating_sub(1);
+        let pages = request.plan.kv_demand().num_pages(self.kv_layout.block_size, computed);
+        Work {
+            attention_layers,
+            ffn_layers,
+            ffns_skipped: self.state.ffns_skipped,
+            dense_layers: self.tokens_run * request.plan.num_layers() as u64,
+            kv_bytes: (pages * self.kv_layout.page_bytes()) as u64,
+        }
+    }
+
     /// It lost its KV and will be computed again.
     pub(super) fn preempted(&mut self) {
-        self.state = RowState::default();
+        // Its plan's decisions stay: computed again, each token has to run what it ran at first.
         if let Some(scores) = &mut self.prompt_logprobs {
             scores.clear();
         }
@@ -230,6 +258,7 @@ impl Choice {
             prompt_tokens: self.live.request.prompt.len(),
             cached_tokens: self.cached_tokens,
             completion_tokens: self.sampled,
+            work: self.work(),
         };
         self.live.send(TokenEvent::Finished { choice: self.index, reason, stop, usage });
     }
@@ -255,6 +284,16 @@ impl Drop for Choice {
             max_tokens: request.max_tokens,
             n: request.n,
             reason: self.outcome,
+        });
+        let work = self.work();
+        let dropped = self.tokens_run * request.plan.num_dropped() as u64;
+        let run = work.attention_layers + work.ffn_layers;
+        self.metrics.compression(&CompressionSample {
+            methods: request.plan.options().methods(),
+            sublayers_run: [work.attention_layers, work.ffn_layers],
+            dropped,
+            ffns_skipped: work.ffns_skipped,
+            too_deep: (2 * work.dense_layers).saturating_sub(run + dropped + work.ffns_skipped),
         });
     }
 }

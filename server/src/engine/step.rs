@@ -39,13 +39,13 @@ impl Engine {
         if let Err(message) = ran {
             return self.isolate(rows, &message);
         }
-        let outcomes = self.sample(&rows);
-        let sampled_at = Instant::now();
-        for row in rows {
+        for row in &mut rows {
             if let Some(choice) = self.choices.get_mut(&row.scheduled.id) {
-                choice.state = row.state;
+                choice.ran(row.scheduled.num_tokens, std::mem::take(&mut row.state));
             }
         }
+        let outcomes = self.sample(&rows);
+        let sampled_at = Instant::now();
         let sampled = outcomes.values().filter(|o| !matches!(o, RowOutcome::Prefilled)).count();
         self.commit(&plan, outcomes);
         self.shared.metrics.step(&StepSample {

@@ -91,8 +91,11 @@ async fn a_stream_carries_what_the_unary_call_answers() {
     let mut client = GenerationServiceClient::new(harness.channel);
     let whole = client.generate(request(3)).await.expect("answered").into_inner();
     assert_eq!(whole.choices[1].text, "abc");
-    let usage = v1::Usage { prompt_tokens: 7, cached_tokens: 0, completion_tokens: 6 };
-    assert_eq!(whole.usage, Some(usage));
+    let usage = whole.usage.clone().expect("always there");
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens), (7, 0, 6));
+    let work = usage.compression.clone().expect("always there");
+    // Two choices of one layer, each over its prompt and all output tokens but the last.
+    assert_eq!((work.plan, work.dense_layers), (Some(v1::Compression::default()), 2 * (7 + 2)));
 
     let stream = client.generate_stream(request(3)).await.expect("answered").into_inner();
     let events: Vec<_> = stream.map(|event| event.expect("no error").event.expect("set")).collect().await;

@@ -40,7 +40,7 @@ pub(super) async fn create(
         n,
         add_special_tokens: common.add_special_tokens,
         cache_salt: common.cache_salt.take().unwrap_or_default(),
-        compression: common.compression.take().unwrap_or_default().options(profile_header(&headers))?,
+        compression: common.take_compression(profile_header(&headers)),
         prompt: Prompt::Chat(Box::new(ChatPrompt {
             messages: messages(chat.messages)?,
             tools: Vec::new(),

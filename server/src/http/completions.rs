@@ -43,7 +43,7 @@ pub(super) async fn create(
         prompt_logprobs: echo && completion.logprobs.is_some(),
         add_special_tokens: common.add_special_tokens,
         cache_salt: common.cache_salt.take().unwrap_or_default(),
-        compression: common.compression.take().unwrap_or_default().options(profile_header(&headers))?,
+        compression: common.take_compression(profile_header(&headers)),
         ..RawRequest::default()
     };
     let mut echoes = Vec::new();

@@ -78,6 +78,7 @@ struct Running<R> {
 impl<R: Render> Generation<R> {
     fn run(self) -> Running<R> {
         let slots = self.n * self.prompts.len();
+        let plan = self.prompts.first().map(|admitted| admitted.plan.options().clone());
         let tagged = self.prompts.into_iter().enumerate();
         let streams =
             tagged.map(|(prompt, admitted)| admitted.stream.map(move |event| (prompt, event)).boxed());
@@ -89,7 +90,7 @@ impl<R: Render> Generation<R> {
             n: self.n,
             slots,
             events: stream::select_all(streams),
-            usage: Usage::default(),
+            usage: Usage::of(plan.unwrap_or_default()),
         }
     }
 

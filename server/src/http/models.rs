@@ -36,7 +36,7 @@ fn model(state: &AppState) -> Model {
         created: info.created,
         owned_by: "rheostat",
         max_model_len: info.max_model_len,
-        profiles: info.profiles.clone(),
+        profiles: info.offer.profile_names(),
     }
 }
 

@@ -55,8 +55,7 @@ impl KvPages {
 
     /// Pages that the first `num_tokens` tokens of a sequence fill, over all layers.
     pub(super) fn pages_of(&self, demand: &KvDemand, num_tokens: usize) -> usize {
-        let pages_of_layer = |layer| demand.kv_len(layer, num_tokens).div_ceil(self.block_size);
-        (0..demand.num_layers()).map(pages_of_layer).sum()
+        demand.num_pages(self.block_size, num_tokens)
     }
 
     /// Pages that `seq` lacks to hold its first `num_tokens` tokens.
@@ -125,14 +124,15 @@ impl KvPages {
     /// The block that `seq` could have found after `hit`, had it been there: its parent and tokens.
     pub(super) fn next_block<'a>(&self, seq: &'a Sequence, hit: &PrefixHit) -> Option<(Parent, &'a [u32])> {
         let parent = hit.blocks.last().map_or(Parent::Root(seq.cache_key()), |&id| Parent::Block(id));
-        let end = self.next_border(&seq.spec.demand, hit.num_tokens, seq.tokens.len() - 1)?;
+        let known = seq.shareable(seq.tokens.len() - 1);
+        let end = self.next_border(&seq.spec.demand, hit.num_tokens, known)?;
         Some((parent, &seq.tokens[hit.num_tokens..end]))
     }
 
     /// The block that a running `seq` is going to publish next, if its tokens are known already.
     pub(super) fn unpublished_block<'a>(&self, seq: &'a Sequence) -> Option<(Parent, &'a [u32])> {
         let start = seq.shared.num_tokens;
-        let end = self.next_border(&seq.spec.demand, start, seq.tokens.len())?;
+        let end = self.next_border(&seq.spec.demand, start, seq.shareable(seq.tokens.len()))?;
         Some((seq.chain_end(), &seq.tokens[start..end]))
     }
 
@@ -153,7 +153,8 @@ impl KvPages {
     /// Hands the computed full blocks of `seq` to the cache, keeping a reference. Where the cache has an
     /// equal block already, `seq` goes on with that one and its own pages become free.
     pub(super) fn publish(&mut self, seq: &mut Sequence) {
-        while seq.shared.num_scanned + self.block_size <= seq.num_computed {
+        let end = seq.shareable(seq.num_computed);
+        while seq.shared.num_scanned + self.block_size <= end {
             seq.shared.num_scanned += self.block_size;
             if self.is_border(&seq.spec.demand, seq.shared.num_scanned) {
                 self.publish_block(seq, seq.shared.num_scanned);

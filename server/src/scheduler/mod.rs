@@ -78,7 +78,7 @@ pub struct SequenceSpec {
     pub max_tokens: usize,
     /// KV slots that its plan fills.
     pub demand: KvDemand,
-    /// The class of plans whose KV it can share. Equal keys imply equal demands.
+    /// The class of plans whose KV it can share. Equal keys imply equal demands, as far as shareable.
     pub plan_key: PlanKey,
     /// Sequences share cached prefixes only with equal salts, so that a tenant cannot find out by timing
     /// what another one asked. 0 is the common cache.

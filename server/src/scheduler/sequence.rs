@@ -82,6 +82,11 @@ impl Sequence {
         !self.spec.bypass_prefix_cache || self.num_outputs() > 0
     }
 
+    /// Of its first `num_tokens` tokens, those whose pages other sequences may use.
+    pub(super) fn shareable(&self, num_tokens: usize) -> usize {
+        num_tokens.min(self.spec.demand.shareable_len())
+    }
+
     /// Its row in the plan.
     pub(super) fn row(&self) -> ScheduledSeq {
         ScheduledSeq {

@@ -75,6 +75,21 @@ pub struct SchedulerGauges {
     pub pages_free: usize,
 }
 
+/// What a finished sequence ran and left out, in sublayers over all its tokens.
+#[derive(Debug, Clone, Default)]
+pub struct CompressionSample {
+    /// Names of the methods in its plan.
+    pub methods: Vec<&'static str>,
+    /// Attention and FFN sublayers run.
+    pub sublayers_run: [u64; 2],
+    /// Left out by dropping.
+    pub dropped: u64,
+    /// FFNs left out by FFN skipping.
+    pub ffns_skipped: u64,
+    /// Left out by SkipDecode.
+    pub too_deep: u64,
+}
+
 /// The life of one finished sequence (a choice of a request).
 #[derive(Debug, Clone, Copy)]
 pub struct SequenceTimings {

@@ -107,6 +107,25 @@ multiversion! {
 }
 
 multiversion! {
+    /// Cosine of the angle between two rows; 1 where either is zero, for nothing turned.
+    pub fn cosine(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0f32; 16];
+        let (left, right) = (a.chunks_exact(16), b.chunks_exact(16));
+        let (left_rest, right_rest) = (left.remainder(), right.remainder());
+        for (a, b) in left.zip(right) {
+            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += a * b;
+            }
+        }
+        for ((lane, a), b) in lanes.iter_mut().zip(left_rest).zip(right_rest) {
+            *lane += a * b;
+        }
+        let norms = sum_of_squares(a).sqrt() * sum_of_squares(b).sqrt();
+        if norms > 0.0 { lanes.iter().sum::<f32>() / norms } else { 1.0 }
+    }
+}
+
+multiversion! {
     /// `x += y`
     pub fn add(x: &mut [f32], y: &[f32]) {
         for (x, y) in x.iter_mut().zip(y) {
@@ -155,6 +174,12 @@ mod tests {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (v + 0.044_715 * v.powi(3));
                 close(gelu[i], 0.5 * v * (1.0 + inner.tanh()) * u);
             }
+            let dot = |a: &[f32], b: &[f32]| {
+                a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+            };
+            let angle = dot(&x, &w) / (dot(&x, &x) * dot(&w, &w)).sqrt();
+            assert!((f64::from(cosine(isa, &x, &w)) - angle).abs() < 1e-6);
+            assert_eq!(cosine(isa, &x, &[0.0; 77]), 1.0);
         }
     }
 }

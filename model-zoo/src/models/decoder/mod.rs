@@ -8,12 +8,13 @@ mod sublayer;
 
 use std::ops::Range;
 
-use crate::compression::{self, Rows, Sublayer};
+use crate::compression::Sublayer;
+use crate::compression::route::{Active, Route, Span};
 use crate::config::DecoderConfig;
 use crate::kernels::cpu::attention::SLOTS;
 use crate::kernels::cpu::packed::Write;
 use crate::kernels::cpu::quantize::QuantizedRows;
-use crate::kernels::cpu::vector::rms_norm;
+use crate::kernels::cpu::vector::{cosine, rms_norm};
 use crate::kv_cache::KvCache;
 use crate::layers::linear::{Activations, Cpu, Linear};
 use crate::layers::rotary::{Rotary, RotaryTable};
@@ -68,6 +69,8 @@ struct Scratch {
     tables: [RotaryTable; 2],
     x: Vec<f32>,
     compact: Vec<f32>,
+    /// Watched rows of the stream before their FFN.
+    before: Vec<f32>,
     normed: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
@@ -80,17 +83,6 @@ struct Scratch {
     logits: Vec<f32>,
 }
 
-/// A row's tokens inside a (possibly gathered) block of the residual stream.
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    row: usize,
-    /// First token in the block.
-    start: usize,
-    /// First token in the whole step.
-    step_start: usize,
-    len: usize,
-}
-
 impl CausalLm for CpuDecoder {
     fn dims(&self) -> &ModelDims {
         &self.dims
@@ -98,20 +90,25 @@ impl CausalLm for CpuDecoder {
 
     fn forward(&mut self, batch: &mut StepBatch<'_>, kv: &mut KvCache) -> Result<()> {
         self.check(batch, kv)?;
+        let mut route = Route::begin(&mut batch.rows);
         let mut x = std::mem::take(&mut self.scratch.x);
-        self.embed(batch, &mut x);
-        let spans = spans(batch, 0..batch.rows.len());
+        self.embed(batch, &route, &mut x);
         for layer in 0..self.config.num_layers {
             for sublayer in [Sublayer::Attention, Sublayer::Ffn] {
-                let plans = batch.rows.iter().map(|row| row.plan);
-                match compression::rows(layer, sublayer, plans) {
-                    Rows::None => {}
-                    Rows::All => self.run(batch, kv, Half { layer, sublayer, spans: &spans, x: &mut x }),
-                    Rows::Some(active) => self.run_some(batch, kv, (layer, sublayer, &active), &mut x),
+                let active = route.select(layer, sublayer, &mut batch.rows);
+                let step = &mut Step { batch, kv, route: &route };
+                match active {
+                    Active::None => {}
+                    Active::Prefix(tokens) => {
+                        let x = &mut x[..tokens * self.config.hidden_size];
+                        self.run(step, Half { layer, sublayer, x });
+                    }
+                    Active::Gather(tokens) => self.run_gathered(step, (layer, sublayer, tokens), &mut x),
                 }
             }
         }
-        self.keep_hidden(batch, &x);
+        route.finish(&mut batch.rows);
+        self.keep_hidden(batch, &route, &x);
         self.scratch.x = x;
         Ok(())
     }
@@ -131,12 +128,18 @@ impl CausalLm for CpuDecoder {
     }
 }
 
+/// What a sublayer sees of the running step.
+struct Step<'a, 'b> {
+    batch: &'a mut StepBatch<'b>,
+    kv: &'a mut KvCache,
+    route: &'a Route,
+}
+
 /// A sublayer to run on a block of the residual stream.
 struct Half<'a> {
     layer: usize,
     sublayer: Sublayer,
-    spans: &'a [Span],
-    /// `[tokens of the spans, hidden_size]`
+    /// `[tokens of the route's spans, hidden_size]`
     x: &'a mut [f32],
 }
 
@@ -160,14 +163,13 @@ impl CpuDecoder {
                 return fail(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
             }
             for (layer, (table, &len)) in row.block_tables.iter().zip(row.kv_len).enumerate() {
-                if !row.plan.runs(layer, Sublayer::Attention) {
-                    continue;
-                }
-                if table.len() * layout.block_size < len + row.tokens.len() {
+                let active =
+                    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()));
+                if table.len() * layout.block_size < len + active {
                     return fail(format!(
                         "layer {layer} has {} pages for {} slots",
                         table.len(),
-                        len + row.tokens.len()
+                        len + active
                     ));
                 }
                 if let Some(page) = table.iter().find(|&&page| page as usize >= kv.num_pages()) {
@@ -179,10 +181,11 @@ impl CpuDecoder {
     }
 
     /// Fills `x` with the scaled embeddings and the rotary tables with the step's positions.
-    fn embed(&mut self, batch: &StepBatch<'_>, x: &mut Vec<f32>) {
+    fn embed(&mut self, batch: &StepBatch<'_>, route: &Route, x: &mut Vec<f32>) {
         let width = self.config.hidden_size;
         x.resize(batch.num_tokens() * width, 0.0);
-        let tokens = batch.rows.iter().flat_map(|row| row.tokens);
+        let rows = || route.order().iter().map(|&row| &batch.rows[row]);
+        let tokens = rows().flat_map(|row| row.tokens);
         for (&token, out) in tokens.zip(x.chunks_exact_mut(width)) {
             self.weights.embedding.row(&self.cpu, token as usize, out);
             if self.config.embedding_scale != 1.0 {
@@ -190,53 +193,66 @@ impl CpuDecoder {
             }
         }
         let positions: Vec<usize> =
-            batch.rows.iter().flat_map(|row| row.first_pos..row.first_pos + row.tokens.len()).collect();
+            rows().flat_map(|row| row.first_pos..row.first_pos + row.tokens.len()).collect();
         self.weights.rotary.fill(&positions, &mut self.scratch.tables[0]);
         if let Some(local) = &self.weights.local_rotary {
             local.fill(&positions, &mut self.scratch.tables[1]);
         }
     }
 
-    fn run(&mut self, batch: &mut StepBatch<'_>, kv: &mut KvCache, half: Half<'_>) {
-        for span in half.spans {
-            batch.rows[span.row].state.sublayers_run[half.sublayer as usize] += span.len as u64;
-        }
+    fn run(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
         match half.sublayer {
-            Sublayer::Attention => self.attention(batch, kv, half),
-            Sublayer::Ffn => self.ffn(half),
+            Sublayer::Attention => self.attention(step, half),
+            Sublayer::Ffn if step.route.watched().is_empty() => self.ffn(half),
+            Sublayer::Ffn => self.watched_ffn(step, half),
         }
     }
 
-    /// Gathers the active rows' tokens, runs the sublayer on them, puts them back.
-    fn run_some(
+    /// Gathers the active tokens, runs the sublayer on them, puts them back.
+    fn run_gathered(
         &mut self,
-        batch: &mut StepBatch<'_>,
-        kv: &mut KvCache,
-        (layer, sublayer, active): (usize, Sublayer, &[usize]),
+        step: &mut Step<'_, '_>,
+        (layer, sublayer, tokens): (usize, Sublayer, usize),
         x: &mut [f32],
     ) {
         let width = self.config.hidden_size;
-        let spans = spans(batch, active.iter().copied());
+        let in_step = |span: &Span| span.step_start * width..(span.step_start + span.len) * width;
         let mut compact = std::mem::take(&mut self.scratch.compact);
         compact.clear();
-        for span in &spans {
-            compact.extend_from_slice(&x[span.step_start * width..(span.step_start + span.len) * width]);
+        compact.reserve(tokens * width);
+        for span in step.route.spans() {
+            compact.extend_from_slice(&x[in_step(span)]);
         }
-        self.run(batch, kv, Half { layer, sublayer, spans: &spans, x: &mut compact });
-        for span in &spans {
-            x[span.step_start * width..(span.step_start + span.len) * width]
-                .copy_from_slice(&compact[span.start * width..(span.start + span.len) * width]);
+        self.run(step, Half { layer, sublayer, x: &mut compact });
+        for span in step.route.spans() {
+            x[in_step(span)].copy_from_slice(&compact[span.start * width..(span.start + span.len) * width]);
         }
         self.scratch.compact = compact;
     }
 
-    fn keep_hidden(&mut self, batch: &StepBatch<'_>, x: &[f32]) {
+    /// Runs an FFN and tells the route how it turned the stream of the watched tokens.
+    fn watched_ffn(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
+        let width = self.config.hidden_size;
+        let Half { layer, sublayer, x } = half;
+        let mut before = std::mem::take(&mut self.scratch.before);
+        before.clear();
+        for watched in step.route.watched() {
+            before.extend_from_slice(&x[watched.token * width..(watched.token + 1) * width]);
+        }
+        self.ffn(Half { layer, sublayer, x });
+        for (&watched, before) in step.route.watched().iter().zip(before.chunks_exact(width)) {
+            let after = &x[watched.token * width..(watched.token + 1) * width];
+            Route::observe(watched, cosine(self.cpu.isa, before, after), &mut step.batch.rows);
+        }
+        self.scratch.before = before;
+    }
+
+    fn keep_hidden(&mut self, batch: &StepBatch<'_>, route: &Route, x: &[f32]) {
         let width = self.config.hidden_size;
         let hidden = &mut self.scratch.hidden;
         hidden.clear();
-        let mut end = 0;
-        for row in &batch.rows {
-            end += row.tokens.len();
+        for (index, row) in batch.rows.iter().enumerate() {
+            let end = route.start(index) + row.tokens.len();
             let first = match row.logits {
                 LogitRows::None => end,
                 LogitRows::Last => end - 1,
@@ -250,22 +266,4 @@ impl CpuDecoder {
             }
         }
     }
-}
-
-/// Where the tokens of `rows` lie in the step, and in a block of these rows alone.
-fn spans(batch: &StepBatch<'_>, rows: impl Iterator<Item = usize>) -> Vec<Span> {
-    let mut starts = Vec::with_capacity(batch.rows.len());
-    let mut total = 0;
-    for row in &batch.rows {
-        starts.push(total);
-        total += row.tokens.len();
-    }
-    let mut start = 0;
-    rows.map(|row| {
-        let len = batch.rows[row].tokens.len();
-        let span = Span { row, start, step_start: starts[row], len };
-        start += len;
-        span
-    })
-    .collect()
 }

@@ -1,6 +1,7 @@
 //! The two halves of a decoder layer, on a block of the residual stream.
 
-use super::{CpuDecoder, Half, Layer, Scratch, Span};
+use super::{CpuDecoder, Half, Layer, Scratch, Step};
+use crate::compression::route::Span;
 use crate::config::Activation;
 use crate::kernels::cpu::attention::{AttentionShape, Segment, attention, write_kv};
 use crate::kernels::cpu::packed::Write;
@@ -13,7 +14,8 @@ use crate::step::StepBatch;
 
 impl CpuDecoder {
     /// `x += o(attention(norm(x)))`, writing K and V of the block's tokens.
-    pub(super) fn attention(&mut self, batch: &StepBatch<'_>, kv: &mut KvCache, half: Half<'_>) {
+    pub(super) fn attention(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
+        let (batch, kv, spans) = (&*step.batch, &mut *step.kv, step.route.spans());
         let (config, cpu, index) = (&self.config, &self.cpu, half.layer);
         let layer = &self.weights.layers[index];
         let tokens = half.x.len() / config.hidden_size;
@@ -35,7 +37,7 @@ impl CpuDecoder {
             _ => (&self.weights.rotary, &s.tables[0]),
         };
         let place = Place { cpu, layer, rotary, table, eps: config.rms_norm_eps, index };
-        place.run(batch, half.spans, (&mut s.q, &mut s.k, &s.v), kv);
+        place.run(batch, spans, (&mut s.q, &mut s.k, &s.v), kv);
 
         s.mixed.resize(s.q.len(), 0.0);
         let shape = AttentionShape {
@@ -44,7 +46,7 @@ impl CpuDecoder {
             scale: config.attention_scale,
             window: layer.window,
         };
-        let segments: Vec<_> = half.spans.iter().map(|span| segment(batch, span, index)).collect();
+        let segments: Vec<_> = spans.iter().map(|span| segment(batch, span, index)).collect();
         attention(cpu, &shape, &segments, (&s.q, kv.as_bits(), &mut s.mixed));
         let post = layer.post_norms.as_ref().map(|[after, _]| (after.as_slice(), config.rms_norm_eps));
         let Scratch { mixed, normed, quantized, .. } = s;
@@ -80,7 +82,7 @@ fn segment<'a>(batch: &'a StepBatch<'_>, span: &Span, layer: usize) -> Segment<'
     Segment {
         first_token: span.start,
         num_tokens: span.len,
-        kv_start: row.kv_len[layer],
+        kv_start: row.kv_len[layer] + span.first,
         block_table: &row.block_tables[layer],
     }
 }
@@ -160,7 +162,7 @@ impl Place<'_> {
         let rows = k.chunks_exact(widths.1).zip(v.chunks_exact(widths.1));
         for (&(span, i), (k, v)) in owners.iter().zip(rows) {
             let row = &batch.rows[span.row];
-            let (table, slot) = (&row.block_tables[self.index], row.kv_len[self.index] + i);
+            let (table, slot) = (&row.block_tables[self.index], row.kv_len[self.index] + span.first + i);
             write_kv(self.cpu.isa, (layout, kv.as_bits_mut()), (table, slot), (k, v));
         }
     }

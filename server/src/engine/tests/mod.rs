@@ -8,6 +8,7 @@ mod failures;
 use std::sync::Arc;
 
 use model_zoo::compression::Plan;
+use model_zoo::models::CausalLm as _;
 use model_zoo::models::toy::{ToyModel, ToyOptions};
 use model_zoo::tokenizer::Tokenizer;
 use tokio::sync::mpsc;
@@ -87,8 +88,13 @@ struct Bench {
 impl Bench {
     fn new(config: &SchedulerConfig, toy: ToyOptions) -> Self {
         let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
-        let shared = Shared { tokenizer: Arc::new(Tokenizer::toy()), metrics: Arc::clone(&metrics) };
-        Self { engine: Engine::new(Box::new(ToyModel::new(toy)), config, shared), metrics }
+        let model = ToyModel::new(toy);
+        let shared = Shared {
+            tokenizer: Arc::new(Tokenizer::toy()),
+            metrics: Arc::clone(&metrics),
+            kv_layout: model.dims().kv_layout(config.block_size),
+        };
+        Self { engine: Engine::new(Box::new(model), config, shared), metrics }
     }
 
     fn submit(&mut self, request: &GenerateRequest) -> mpsc::Receiver<TokenEvent> {

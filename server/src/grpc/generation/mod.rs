@@ -1,5 +1,6 @@
 //! `rheostat.v1.GenerationService`.
 
+mod compression;
 mod request;
 mod response;
 mod stream;

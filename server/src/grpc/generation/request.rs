@@ -1,10 +1,9 @@
 //! From the wire: [`GenerateRequest`] to [`RawRequest`]. Only presence and shape are checked here; ranges
 //! are admission's.
 
-use model_zoo::compression::CompressionOptions;
 use rheostat_proto::rheostat::v1::generate_request::Prompt as WirePrompt;
 use rheostat_proto::rheostat::v1::{
-    ChatMessage, ChatPrompt as WireChat, Compression, GenerateRequest, SamplingParams as WireSampling,
+    ChatMessage, ChatPrompt as WireChat, GenerateRequest, SamplingParams as WireSampling,
 };
 use serde_json::{Map, Value as Json};
 
@@ -12,6 +11,7 @@ use crate::error::Error;
 use crate::request::{ChatPrompt, Prompt, RawRequest, SamplingParams};
 
 use super::super::json;
+use super::compression;
 
 /// The request as admission takes it.
 ///
@@ -36,7 +36,7 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
         prompt_logprobs: message.prompt_logprobs,
         add_special_tokens: message.add_special_tokens,
         cache_salt: message.cache_salt,
-        compression: compression_options(message.compression.unwrap_or_default())?,
+        compression: compression::options(message.compression.unwrap_or_default())?,
     })
 }
 
@@ -91,22 +91,4 @@ fn sampling_params(wire: WireSampling) -> SamplingParams {
         include_stop: wire.include_stop,
         skip_special_tokens: wire.skip_special_tokens.unwrap_or(default.skip_special_tokens),
     }
-}
-
-/// Methods that are on the wire but not in the zoo are refused, never dropped: a client that asks for
-/// less of the model must not be answered by all of it unawares.
-fn compression_options(wire: Compression) -> Result<CompressionOptions, Error> {
-    let Compression { profile, skip_decode, ffn_skip, drop, think, vision, bitstack } = wire;
-    let methods = [
-        ("compression.skip_decode", skip_decode.is_some()),
-        ("compression.ffn_skip", ffn_skip.is_some()),
-        ("compression.drop", drop.is_some()),
-        ("compression.think", think.is_some()),
-        ("compression.vision", vision.is_some()),
-        ("compression.bitstack", bitstack.is_some()),
-    ];
-    if let Some((name, _)) = methods.iter().find(|(_, asked)| *asked) {
-        return Err(Error::invalid(name, format!("{name} is not supported by this version")));
-    }
-    Ok(CompressionOptions { profile: Some(profile).filter(|p| !p.is_empty()) })
 }

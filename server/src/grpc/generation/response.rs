@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
+use model_zoo::compression::Plan;
 use model_zoo::tokenizer::Tokenizer;
 use rheostat_proto::rheostat::v1;
 
 use crate::error::Error;
-use crate::request::{ChoiceUsage, FinishReason, RawRequest, TokenLogprob};
+use crate::request::{ChoiceUsage, FinishReason, RawRequest, TokenLogprob, Work};
 use crate::service::{Admitted, Service};
 
 use super::super::completion::{ChoiceOutput, Completion};
 use super::super::status;
+use super::compression;
 
 /// What of the optional parts a request asked for.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +41,7 @@ pub(super) struct Wire {
     pub(super) asked: Asked,
     pub(super) model: String,
     prompt: Arc<[u32]>,
+    plan: Arc<Plan>,
     tokenizer: Arc<Tokenizer>,
 }
 
@@ -48,6 +51,7 @@ impl Wire {
             asked,
             model: service.model().name.clone(),
             prompt: admitted.prompt.clone(),
+            plan: Arc::clone(&admitted.plan),
             tokenizer: service.tokenizer().clone(),
         }
     }
@@ -62,7 +66,10 @@ impl Wire {
     /// # Errors
     /// As [`Wire::prompt`].
     pub(super) fn response(&self, id: &str, completion: Completion) -> Result<v1::GenerateResponse, Error> {
-        let usage = self.usage(completion.choices.first(), completion.completion_tokens());
+        let first = completion.choices.first().map(|choice| choice.usage).unwrap_or_default();
+        let mut work = Work::default();
+        completion.choices.iter().for_each(|choice| work += choice.usage.work);
+        let usage = self.usage(first, completion.completion_tokens(), work);
         let prompt = match self.asked.echo || self.asked.prompt_logprobs {
             true => Some(self.prompt(completion.prompt.as_deref().unwrap_or_default())?),
             false => None,
@@ -88,8 +95,15 @@ impl Wire {
         }
     }
 
-    fn usage(&self, first: Option<&ChoiceOutput>, completion_tokens: usize) -> v1::Usage {
-        usage(self.prompt_tokens(), first.map(|c| c.usage).unwrap_or_default(), completion_tokens)
+    /// The whole request's usage: the prompt once, as its first choice found it, and every choice's
+    /// tokens and work.
+    pub(super) fn usage(&self, first: ChoiceUsage, completion_tokens: usize, work: Work) -> v1::Usage {
+        v1::Usage {
+            prompt_tokens: self.prompt_tokens(),
+            cached_tokens: first.cached_tokens as u32,
+            completion_tokens: completion_tokens as u32,
+            compression: Some(compression::usage(self.plan.options(), work)),
+        }
     }
 
     /// The prompt with its text if `echo` asked for it, and `logprobs`, empty unless asked for.
@@ -136,15 +150,6 @@ impl Wire {
 
     fn text(&self, token: u32) -> String {
         self.tokenizer.decode(&[token], false).unwrap_or_default()
-    }
-}
-
-/// The whole request's usage: the prompt once, as its first choice found it, and every choice's tokens.
-pub(super) fn usage(prompt_tokens: u32, first: ChoiceUsage, completion_tokens: usize) -> v1::Usage {
-    v1::Usage {
-        prompt_tokens,
-        cached_tokens: first.cached_tokens as u32,
-        completion_tokens: completion_tokens as u32,
     }
 }
 

@@ -6,11 +6,11 @@ use rheostat_proto::rheostat::v1::generate_stream_response::Event;
 use tonic::Status;
 
 use crate::error::Error;
-use crate::request::{ChoiceUsage, TokenEvent};
+use crate::request::{ChoiceUsage, TokenEvent, Work};
 use crate::service::Admitted;
 
 use super::super::status;
-use super::response::{Wire, finish_reason, usage};
+use super::response::{Wire, finish_reason};
 
 type Response = Result<v1::GenerateStreamResponse, Status>;
 
@@ -18,7 +18,8 @@ type Response = Result<v1::GenerateStreamResponse, Status>;
 pub(super) fn responses(admitted: Admitted, wire: Wire) -> impl Stream<Item = Response> + Send {
     let opening = stream::iter(opening(&admitted.id, &wire));
     let open = wire.asked.n;
-    let mut progress = Progress { wire, open, first: ChoiceUsage::default(), completion_tokens: 0 };
+    let first = ChoiceUsage::default();
+    let mut progress = Progress { wire, open, first, completion_tokens: 0, work: Work::default() };
     // The end of the events is itself an event: it tells a complete request from a lost engine.
     let events = admitted.stream.map(Some).chain(stream::once(std::future::ready(None)));
     opening.chain(events.flat_map(move |event| stream::iter([progress.take(event)])))
@@ -45,6 +46,7 @@ struct Progress {
     open: usize,
     first: ChoiceUsage,
     completion_tokens: usize,
+    work: Work,
 }
 
 impl Progress {
@@ -61,6 +63,7 @@ impl Progress {
             Some(TokenEvent::Finished { choice, reason, stop, usage }) => {
                 self.open = self.open.saturating_sub(1);
                 self.completion_tokens += usage.completion_tokens;
+                self.work += usage.work;
                 if choice == 0 {
                     self.first = usage;
                 }
@@ -74,7 +77,7 @@ impl Progress {
             Some(TokenEvent::Failed(error)) => Err(error.into()),
             None if self.open > 0 => Err(status::engine_stopped().into()),
             None => {
-                let usage = usage(self.wire.prompt_tokens(), self.first, self.completion_tokens);
+                let usage = self.wire.usage(self.first, self.completion_tokens, self.work);
                 event(Event::Completed(v1::Completed { usage: Some(usage) }))
             }
         }

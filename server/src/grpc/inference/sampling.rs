@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 
+use model_zoo::compression::CompressionOptions;
 use rheostat_proto::inference::InferParameter;
 use rheostat_proto::inference::infer_parameter::ParameterChoice;
 use serde_json::{Map, Value};
@@ -80,7 +81,7 @@ fn set(raw: &mut RawRequest, given: &Parameter<'_>) -> Result<bool, Error> {
         }
         "max_tokens" => raw.max_tokens = Some(given.integer()?),
         "n" => raw.n = given.integer()?,
-        "compression" => raw.compression.profile = Some(given.profile()?),
+        "compression" => raw.compression = given.compression()?,
         _ => return Ok(false),
     }
     Ok(true)
@@ -141,17 +142,12 @@ impl Parameter<'_> {
         biases.ok_or_else(|| self.error("must map token ids to numbers"))
     }
 
-    /// The one field of `compression` that this version knows.
-    fn profile(&self) -> Result<String, Error> {
-        let object = self.value.as_object().ok_or_else(|| self.error("must be an object"))?;
-        if let Some(other) = object.keys().find(|key| *key != "profile") {
-            let name = format!("compression.{other}");
-            return Err(
-                Parameter { name: &name, value: self.value }.error("is not supported by this version")
-            );
-        }
-        let profile = object.get("profile").and_then(Value::as_str);
-        profile.map(str::to_owned).ok_or_else(|| self.error("must have a `profile`"))
+    fn compression(&self) -> Result<CompressionOptions, Error> {
+        serde_path_to_error::deserialize(self.value).map_err(|e| {
+            let (path, inner) = (e.path().to_string(), e.inner().to_string());
+            let name = if path == "." { "compression".to_owned() } else { format!("compression.{path}") };
+            Error::invalid(&name, format!("{name}: {inner}"))
+        })
     }
 }
 

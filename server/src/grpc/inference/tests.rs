@@ -159,7 +159,7 @@ fn bad_sampling_parameters_are_refused_by_name() {
         (r#"{"min_tokens": -1}"#, "min_tokens"),
         (r#"{"stop": [1]}"#, "stop"),
         (r#"{"logit_bias": {"x": 1}}"#, "logit_bias"),
-        (r#"{"compression": {"think": {"ratio": 0.4}}}"#, "compression.think"),
+        (r#"{"compression": {"think": {"ratio": "x"}}}"#, "compression.think.ratio"),
         ("[1]", "sampling_parameters"),
         ("{", "sampling_parameters"),
     ] {

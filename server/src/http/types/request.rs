@@ -1,5 +1,6 @@
 //! The fields of completions and chats beside sampling.
 
+use model_zoo::compression::CompressionOptions;
 use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -17,32 +18,6 @@ const MAX_PROMPTS: usize = 256;
 pub(crate) struct StreamOptions {
     /// Send a last chunk with the usage of the whole request.
     pub(crate) include_usage: Option<bool>,
-}
-
-/// What a request asks of the model's compression.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-pub(crate) struct CompressionFields {
-    /// A profile of the model.
-    profile: Option<String>,
-    /// Methods by name.
-    #[serde(flatten)]
-    #[schema(ignore)]
-    methods: Object,
-}
-
-impl CompressionFields {
-    /// # Errors
-    /// Names a method that this server does not have.
-    pub(crate) fn options(
-        self,
-        header: Option<String>,
-    ) -> Result<model_zoo::compression::CompressionOptions, Error> {
-        if let Some((method, _)) = self.methods.iter().find(|(_, value)| !value.is_null()) {
-            let param = format!("compression.{method}");
-            return Err(Error::invalid(&param, format!("{param} is not supported by this server")));
-        }
-        Ok(model_zoo::compression::CompressionOptions { profile: self.profile.or(header) })
-    }
 }
 
 /// Fields that text completions and chats share.
@@ -65,9 +40,19 @@ pub(crate) struct CommonFields {
     /// Requests share cached prefixes only with equal salts.
     pub(crate) cache_salt: Option<String>,
     /// What of the model to run.
-    pub(crate) compression: Option<CompressionFields>,
+    #[schema(value_type = Option<Object>, example = json!({"profile": "eco", "drop": {"attention": 4}, "think": {"ratio": 0.4}}))]
+    pub(crate) compression: Option<CompressionOptions>,
     /// Report token ids.
     pub(crate) return_token_ids: Option<bool>,
+}
+
+impl CommonFields {
+    /// Takes out what is asked of compression; the header's profile holds where the body names none.
+    pub(crate) fn take_compression(&mut self, header: Option<String>) -> CompressionOptions {
+        let mut options = self.compression.take().unwrap_or_default();
+        options.profile = options.profile.or(header);
+        options
+    }
 }
 
 /// Fields of a text completion.

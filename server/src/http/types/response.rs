@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use model_zoo::compression::CompressionOptions;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -14,6 +15,25 @@ pub(crate) struct Usage {
     completion_tokens: usize,
     total_tokens: usize,
     prompt_tokens_details: PromptDetails,
+    compression: CompressionUsage,
+}
+
+/// What of the model the request ran.
+#[derive(Debug, Default, Clone, Serialize, ToSchema)]
+pub(crate) struct CompressionUsage {
+    /// The methods with every default filled in; empty for the whole model.
+    #[schema(value_type = Object)]
+    plan: CompressionOptions,
+    /// Attention layers run, over all tokens.
+    attention_layers_run: u64,
+    /// Feed-forward layers run, over all tokens.
+    ffn_layers_run: u64,
+    /// Feed-forward layers that `ffn_skip` left out.
+    ffn_layers_skipped: u64,
+    /// Layers that the whole model has run for the same tokens.
+    dense_layers: u64,
+    /// Bytes of KV at the end, over all choices.
+    kv_bytes: u64,
 }
 
 /// Of the prompt tokens.
@@ -24,6 +44,11 @@ pub(crate) struct PromptDetails {
 }
 
 impl Usage {
+    /// Of a request that ran `plan`.
+    pub(crate) fn of(plan: CompressionOptions) -> Self {
+        Self { compression: CompressionUsage { plan, ..CompressionUsage::default() }, ..Self::default() }
+    }
+
     /// Adds a finished choice; the prompt counts once, with its first choice.
     pub(crate) fn add(&mut self, choice: usize, usage: &ChoiceUsage) {
         if choice == 0 {
@@ -31,6 +56,12 @@ impl Usage {
             self.prompt_tokens_details.cached_tokens += usage.cached_tokens;
         }
         self.completion_tokens += usage.completion_tokens;
+        let (sum, work) = (&mut self.compression, &usage.work);
+        sum.attention_layers_run += work.attention_layers;
+        sum.ffn_layers_run += work.ffn_layers;
+        sum.ffn_layers_skipped += work.ffns_skipped;
+        sum.dense_layers += work.dense_layers;
+        sum.kv_bytes += work.kv_bytes;
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
     }
 }

@@ -1,0 +1,258 @@
+//! One step's way through the layers: in which order rows lie in memory, and which of their tokens run
+//! which sublayer.
+//!
+//! Rows that run most come first. Where layer sets nest, as SkipDecode's and dropped layers' do, the
+//! tokens that run a sublayer are then the first ones in memory: a slice, no gather.
+
+use super::ffn_skip::{FfnPolicy, FfnRule};
+use super::{RowState, Sublayer};
+use crate::step::StepRow;
+
+/// Consecutive tokens of one row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Index of the row in the step.
+    pub row: usize,
+    /// First token, counted in the row.
+    pub first: usize,
+    /// Number of tokens.
+    pub len: usize,
+    /// First token, counted among the tokens that run this sublayer.
+    pub start: usize,
+    /// First token, counted among all of the step in the order of memory.
+    pub step_start: usize,
+}
+
+/// Which tokens run a sublayer. The spans themselves are [`Route::spans`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Active {
+    /// None: the weights are not touched.
+    None,
+    /// The first so many in memory.
+    Prefix(usize),
+    /// So many, to be gathered.
+    Gather(usize),
+}
+
+/// A token whose residual stream is to be compared before and after an FFN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Watched {
+    /// Index of the row in the step.
+    row: usize,
+    /// Its position.
+    position: usize,
+    /// Where it lies among the tokens that run the FFN.
+    pub token: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Route {
+    /// Rows in the order of memory.
+    order: Vec<usize>,
+    /// `[row]`: its first token in memory.
+    starts: Vec<usize>,
+    runs_all: bool,
+    spans: Vec<Span>,
+    watched: Vec<Watched>,
+    /// Where a fixed choice or a vote has just been made, so that spans can be laid: `[token of the row]`
+    skips: Vec<bool>,
+}
+
+impl Route {
+    /// Lays out the step, and opens the decisions of its rows.
+    pub fn begin(rows: &mut [StepRow<'_>]) -> Self {
+        let runs_all = rows.iter().all(|row| row.plan.runs_all());
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        if !runs_all {
+            let work: Vec<_> = rows.iter().map(work_per_token).collect();
+            order.sort_by_key(|&row| std::cmp::Reverse(work[row]));
+            for row in rows.iter_mut() {
+                if let Some(policy) = row.plan.ffn() {
+                    row.state.ffn.begin(policy, row.plan.num_layers(), row.first_pos + row.tokens.len());
+                }
+            }
+        }
+        let mut route = Self {
+            starts: vec![0; rows.len()],
+            order,
+            runs_all,
+            spans: Vec::with_capacity(rows.len()),
+            watched: Vec::new(),
+            skips: Vec::new(),
+        };
+        let mut start = 0;
+        for &row in &route.order {
+            route.starts[row] = start;
+            start += rows[row].tokens.len();
+        }
+        route.lay_all(rows);
+        route
+    }
+
+    /// Rows in the order of memory.
+    pub fn order(&self) -> &[usize] {
+        &self.order
+    }
+
+    /// Where the tokens of `row` begin in memory.
+    pub fn start(&self, row: usize) -> usize {
+        self.starts[row]
+    }
+
+    /// The spans of the sublayer that was last selected, in the order of memory.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// The tokens of that sublayer to be compared before and after it, for [`Route::observe`].
+    pub fn watched(&self) -> &[Watched] {
+        &self.watched
+    }
+
+    /// Decides which tokens run `sublayer` of `layer`, and counts them.
+    pub fn select(&mut self, layer: usize, sublayer: Sublayer, rows: &mut [StepRow<'_>]) -> Active {
+        if !self.runs_all {
+            self.spans.clear();
+            self.watched.clear();
+            let agreed = sublayer == Sublayer::Attention || votes_agree(layer, rows);
+            for index in 0..self.order.len() {
+                let row = self.order[index];
+                self.lay(row, (layer, sublayer), &mut rows[row], agreed);
+            }
+        }
+        for span in &self.spans {
+            rows[span.row].state.sublayers_run[sublayer as usize] += span.len as u64;
+        }
+        let total = self.spans.last().map_or(0, |span| span.start + span.len);
+        let in_place = self.spans.iter().all(|span| span.start == span.step_start);
+        match (total, in_place) {
+            (0, _) => Active::None,
+            (_, true) => Active::Prefix(total),
+            (_, false) => Active::Gather(total),
+        }
+    }
+
+    /// Tells how an FFN changed the stream of a watched token: the cosine of before and after.
+    pub fn observe(watched: Watched, cosine: f32, rows: &mut [StepRow<'_>]) {
+        let row = &mut rows[watched.row];
+        if let Some(policy) = row.plan.ffn() {
+            row.state.ffn.observe(policy, watched.position, cosine);
+        }
+    }
+
+    /// Records what was decided. A step that failed before it is decided anew.
+    pub fn finish(&self, rows: &mut [StepRow<'_>]) {
+        if !self.runs_all {
+            rows.iter_mut().for_each(|row| row.state.ffn.finish());
+        }
+    }
+
+    fn lay_all(&mut self, rows: &[StepRow<'_>]) {
+        for &row in &self.order {
+            let (start, len) = (self.starts[row], rows[row].tokens.len());
+            self.spans.push(Span { row, first: 0, len, start, step_start: start });
+        }
+    }
+
+    /// Lays the spans of one row: its first active tokens, less those whose FFN is skipped.
+    fn lay(
+        &mut self,
+        index: usize,
+        (layer, sublayer): (usize, Sublayer),
+        row: &mut StepRow<'_>,
+        agreed: bool,
+    ) {
+        let active = row.plan.active_len(layer, sublayer, (row.first_pos, row.tokens.len()));
+        let policy = row.plan.ffn().filter(|_| sublayer == Sublayer::Ffn);
+        let Some(policy) = policy.filter(|policy| policy.may_skip(layer, row.first_pos + active)) else {
+            return self.push(index, 0, active);
+        };
+        self.skips.clear();
+        for token in 0..active {
+            let skips = decide(policy, row.state, (layer, row.first_pos + token), agreed);
+            self.skips.push(skips);
+            row.state.ffns_skipped += u64::from(skips);
+        }
+        let mut first = 0;
+        while first < active {
+            let skips = self.skips[first];
+            let len = self.skips[first..].iter().take_while(|&&other| other == skips).count();
+            if !skips {
+                self.push(index, first, len);
+                self.watch(index, (layer, policy), (first, len), row);
+            }
+            first += len;
+        }
+    }
+
+    fn push(&mut self, row: usize, first: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let start = self.spans.last().map_or(0, |span| span.start + span.len);
+        self.spans.push(Span { row, first, len, start, step_start: self.starts[row] + first });
+    }
+
+    fn watch(
+        &mut self,
+        index: usize,
+        (layer, policy): (usize, &FfnPolicy),
+        (first, len): (usize, usize),
+        row: &StepRow<'_>,
+    ) {
+        let start = self.spans.last().map_or(0, |span| span.start);
+        for token in 0..len {
+            let position = row.first_pos + first + token;
+            let is_open = policy.fixed(layer, position).is_none();
+            if is_open && row.state.ffn.recorded(layer, position).is_none() {
+                self.watched.push(Watched { row: index, position, token: start + token });
+            }
+        }
+    }
+}
+
+/// Whether the token at `position` leaves out the FFN of `layer`.
+fn decide(policy: &FfnPolicy, state: &mut RowState, (layer, position): (usize, usize), agreed: bool) -> bool {
+    if let Some(fixed) = policy.fixed(layer, position) {
+        return fixed;
+    }
+    if let Some(recorded) = state.ffn.recorded(layer, position) {
+        return recorded;
+    }
+    let aligned = matches!(policy.rule, FfnRule::Adaptive { quorum: Some(_), .. });
+    let skips = state.ffn.votes(policy, position) && (agreed || !aligned);
+    if skips {
+        state.ffn.skip(layer, position);
+    }
+    skips
+}
+
+/// The vote of the rows that decide together: enough of the step's rows would skip. A row of another
+/// plan needs the block's weights, and so votes against, unless it does not run the block anyway.
+fn votes_agree(layer: usize, rows: &[StepRow<'_>]) -> bool {
+    let mut quorum: Option<f32> = None;
+    let (mut voters, mut votes) = (0usize, 0usize);
+    for row in rows {
+        let last = row.first_pos + row.tokens.len() - 1;
+        if !row.plan.runs(layer, Sublayer::Ffn, row.first_pos) {
+            continue;
+        }
+        voters += 1;
+        let Some(policy) = row.plan.ffn() else { continue };
+        let FfnRule::Adaptive { quorum: own, .. } = policy.rule else { continue };
+        // The strictest row's quorum holds for all.
+        quorum = own.map(|own| quorum.map_or(own, |other| other.max(own))).or(quorum);
+        let is_open = policy.fixed(layer, last).is_none() && row.state.ffn.recorded(layer, last).is_none();
+        votes += usize::from(is_open && row.tokens.len() == 1 && row.state.ffn.votes(policy, last));
+    }
+    quorum.is_some_and(|quorum| votes as f32 >= quorum * voters as f32)
+}
+
+/// Sublayers that a row runs, in thousandths of its tokens.
+fn work_per_token(row: &StepRow<'_>) -> usize {
+    let range = (row.first_pos, row.tokens.len());
+    let halves = [Sublayer::Attention, Sublayer::Ffn];
+    let of_layer = |layer| halves.iter().map(|&half| row.plan.active_len(layer, half, range)).sum::<usize>();
+    (0..row.plan.num_layers()).map(of_layer).sum::<usize>() * 1000 / row.tokens.len()
+}

@@ -1,0 +1,62 @@
+//! A deeper tiny model, written from a fixture's config with seeded weights.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use tempfile::TempDir;
+
+use crate::support::fixtures;
+
+pub(crate) const LAYERS: usize = 6;
+
+/// The `llama` fixture with [`LAYERS`] layers of seeded weights; those of which `is_zero` says so are 0.
+pub(crate) fn write(is_zero: impl Fn(&str) -> bool) -> TempDir {
+    let source = fixtures().join("llama");
+    let text = std::fs::read_to_string(source.join("config.json")).unwrap();
+    let mut config = serde_json::from_str::<serde_json::Value>(&text).unwrap();
+    config["num_hidden_layers"] = LAYERS.into();
+    let weights = candle_core::safetensors::load(source.join("model.safetensors"), &Device::Cpu).unwrap();
+    let mut deeper = HashMap::new();
+    for (name, tensor) in weights {
+        let names: Vec<String> = match name.strip_prefix("model.layers.0.") {
+            Some(rest) => (0..LAYERS).map(|layer| format!("model.layers.{layer}.{rest}")).collect(),
+            None if name.starts_with("model.layers.") => Vec::new(),
+            None => vec![name],
+        };
+        for name in names {
+            let tensor = if is_zero(&name) { tensor.zeros_like().unwrap() } else { reseeded(&name, &tensor) };
+            deeper.insert(name, tensor);
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    candle_core::safetensors::save(&deeper, folder.path().join("model.safetensors")).unwrap();
+    copy_tokenizer(&source, folder.path());
+    folder
+}
+
+/// Noise of the tensor's shape, from its name; norms and embeddings stay.
+fn reseeded(name: &str, tensor: &Tensor) -> Tensor {
+    if !name.contains("_proj") {
+        return tensor.clone();
+    }
+    let mut state =
+        name.bytes().fold(7u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
+    let noise = (0..tensor.elem_count()).map(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.2
+    });
+    let noise = noise.collect::<Vec<_>>();
+    Tensor::from_vec(noise, tensor.shape(), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
+}
+
+fn copy_tokenizer(source: &Path, target: &Path) {
+    for file in std::fs::read_dir(source).unwrap() {
+        let file = file.unwrap();
+        let name = file.file_name();
+        if name.to_string_lossy().contains("tokenizer") {
+            std::fs::copy(file.path(), target.join(name)).unwrap();
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! What a request asks of the model's compression, and what was done.
+
+use model_zoo::compression::CompressionOptions;
+use model_zoo::compression::options::{
+    DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode, Think,
+};
+use rheostat_proto::rheostat::v1;
+
+use crate::error::Error;
+use crate::request::Work;
+
+/// Methods that are on the wire but not in the zoo are refused, never dropped: a client that asks for
+/// less of the model must not be answered by all of it unawares.
+///
+/// # Errors
+/// [`crate::error::ErrorKind::InvalidArgument`] for such a method, or an enum value of a later version.
+pub(super) fn options(wire: v1::Compression) -> Result<CompressionOptions, Error> {
+    let v1::Compression { profile, skip_decode, ffn_skip, drop, think, vision, bitstack } = wire;
+    for (name, asked) in [("vision", vision.is_some()), ("bitstack", bitstack.is_some())] {
+        if asked {
+            let name = format!("compression.{name}");
+            return Err(Error::invalid(&name, format!("{name} is not supported by this version")));
+        }
+    }
+    Ok(CompressionOptions {
+        profile: Some(profile).filter(|p| !p.is_empty()),
+        skip_decode: skip_decode.map(of_skip_decode).transpose()?,
+        ffn_skip: ffn_skip.map(of_ffn_skip).transpose()?,
+        drop: drop.map(|drop| DropLayers {
+            attention: drop.attention.unwrap_or(0) as usize,
+            ffn: drop.ffn.unwrap_or(0) as usize,
+            joint: drop.joint.unwrap_or(0) as usize,
+        }),
+        think: think.map(|think| Think { ratio: think.ratio, recent: think.recent.map(|n| n as usize) }),
+    })
+}
+
+fn of_skip_decode(wire: v1::SkipDecode) -> Result<SkipDecode, Error> {
+    use v1::skip_decode::Region as Wire;
+    let region = match Wire::try_from(wire.region) {
+        Ok(Wire::Unspecified) => None,
+        Ok(Wire::Low) => Some(Region::Low),
+        Ok(Wire::Middle) => Some(Region::Middle),
+        Err(_) => return Err(unknown("compression.skip_decode.region", wire.region)),
+    };
+    Ok(SkipDecode {
+        min_layers: wire.min_layers.map(|n| n as usize),
+        max_layers: wire.max_layers.map(|n| n as usize),
+        horizon: wire.horizon.map(|n| n as usize),
+        core_layers: wire.core_layers.map(|n| n as usize),
+        region,
+    })
+}
+
+fn of_ffn_skip(wire: v1::FfnSkip) -> Result<FfnSkip, Error> {
+    use v1::ffn_skip::{Mode, Selection};
+    let mode = match Mode::try_from(wire.mode) {
+        Ok(Mode::Unspecified) => None,
+        Ok(Mode::Row) => Some(FfnMode::Row),
+        Ok(Mode::Batch) => Some(FfnMode::Batch),
+        Err(_) => return Err(unknown("compression.ffn_skip.mode", wire.mode)),
+    };
+    let selection = match Selection::try_from(wire.selection) {
+        Ok(Selection::Unspecified) => None,
+        Ok(Selection::Adaptive) => Some(FfnSelection::Adaptive),
+        Ok(Selection::Static) => Some(FfnSelection::Static),
+        Ok(Selection::Random) => Some(FfnSelection::Random),
+        Err(_) => return Err(unknown("compression.ffn_skip.selection", wire.selection)),
+    };
+    Ok(FfnSkip {
+        target: wire.target,
+        warmup: wire.warmup.map(|n| n as usize),
+        threshold: wire.threshold,
+        max_skip: wire.max_skip.map(|n| n as usize),
+        mode,
+        quorum: wire.quorum,
+        selection,
+    })
+}
+
+/// The work of a request that ran `plan`.
+pub(super) fn usage(plan: &CompressionOptions, work: Work) -> v1::CompressionUsage {
+    v1::CompressionUsage {
+        plan: Some(wire(plan)),
+        attention_layers_run: work.attention_layers,
+        ffn_layers_run: work.ffn_layers,
+        ffn_layers_skipped: work.ffns_skipped,
+        dense_layers: work.dense_layers,
+        kv_bytes: work.kv_bytes,
+    }
+}
+
+fn wire(plan: &CompressionOptions) -> v1::Compression {
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    v1::Compression {
+        profile: String::new(),
+        skip_decode: plan.skip_decode.map(|skip| v1::SkipDecode {
+            min_layers: skip.min_layers.map(count),
+            max_layers: skip.max_layers.map(count),
+            horizon: skip.horizon.map(count),
+            core_layers: skip.core_layers.map(count),
+            region: v1::skip_decode::Region::Unspecified.into(),
+        }),
+        ffn_skip: plan.ffn_skip.map(wire_ffn_skip),
+        drop: plan.drop.map(|drop| v1::DropLayers {
+            attention: Some(count(drop.attention)),
+            ffn: Some(count(drop.ffn)),
+            joint: Some(count(drop.joint)),
+        }),
+        think: plan.think.map(|think| v1::Think { ratio: think.ratio, recent: think.recent.map(count) }),
+        vision: None,
+        bitstack: None,
+    }
+}
+
+fn wire_ffn_skip(skip: FfnSkip) -> v1::FfnSkip {
+    use v1::ffn_skip::{Mode, Selection};
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let mode = match skip.mode.unwrap_or_default() {
+        FfnMode::Row => Mode::Row,
+        FfnMode::Batch => Mode::Batch,
+    };
+    let selection = match skip.selection.unwrap_or_default() {
+        FfnSelection::Adaptive => Selection::Adaptive,
+        FfnSelection::Static => Selection::Static,
+        FfnSelection::Random => Selection::Random,
+    };
+    v1::FfnSkip {
+        target: skip.target,
+        warmup: skip.warmup.map(count),
+        threshold: skip.threshold,
+        max_skip: skip.max_skip.map(count),
+        mode: mode.into(),
+        quorum: skip.quorum,
+        selection: selection.into(),
+    }
+}
+
+fn unknown(name: &str, value: i32) -> Error {
+    Error::invalid(name, format!("{name} is {value}, which this version does not know"))
+}
