@@ -7,10 +7,12 @@
 //!
 //! Invariant: this crate has no async runtime and no network but `catalogue::pull`.
 
+pub mod calibrate;
 pub mod catalogue;
 pub mod compression;
 pub mod config;
 pub mod error;
+pub mod eval;
 pub mod kernels;
 pub mod kv_cache;
 pub mod layers;

@@ -7,6 +7,8 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::config::DecoderConfig;
 use crate::models::CausalLm;
 use crate::models::decoder::CpuDecoder;
@@ -76,4 +78,25 @@ fn build(
     options: &LoadOptions,
 ) -> Result<Box<dyn CausalLm>> {
     Ok(Box::new(CpuDecoder::load(config, weights, options.threads.get())?))
+}
+
+/// SHA-256, in hex, over the bytes of the weight files at `path`, in the order of their names: the
+/// identity of a model, whatever it is called.
+///
+/// # Errors
+/// [`ZooError::Io`] when a file cannot be read.
+pub fn weights_sha256(path: &Path) -> Result<String> {
+    let mut files = vec![path.to_owned()];
+    if path.is_dir() {
+        let entries = std::fs::read_dir(path).map_err(|e| ZooError::io(path, e))?;
+        files = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        files.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
+        files.sort();
+    }
+    let mut hasher = Sha256::new();
+    for file in files {
+        let mut reader = std::fs::File::open(&file).map_err(|e| ZooError::io(&file, e))?;
+        std::io::copy(&mut reader, &mut hasher).map_err(|e| ZooError::io(&file, e))?;
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -1,6 +1,6 @@
 //! What the engine hands a model for one step: a ragged batch of prefill chunks and decode rows.
 
-use crate::compression::{Plan, RowState};
+use crate::compression::{Plan, RowState, Sublayer};
 use crate::kv_cache::PageId;
 
 /// Which positions of a row's chunk need logits.
@@ -35,11 +35,24 @@ pub struct StepRow<'a> {
     pub state: &'a mut RowState,
 }
 
+/// Looks on while a step runs: for calibration and tests, not for serving.
+pub trait Probe: std::fmt::Debug {
+    /// `sublayer` of `layer` changed the residual stream of some tokens from `before` to `after`, both
+    /// `[tokens, hidden_size]`.
+    fn sublayer(&mut self, place: (usize, Sublayer), before: &[f32], after: &[f32]);
+
+    /// The attention of `layer` is about to compare `queries` `[tokens, num_heads, head_dim]` with the
+    /// cached keys and `keys` `[tokens, num_kv_heads, head_dim]`, both rotated.
+    fn attention(&mut self, layer: usize, queries: &[f32], keys: &[f32]);
+}
+
 /// A step: rows in the order in which their logits come back.
 #[derive(Debug, Default)]
 pub struct StepBatch<'a> {
     /// The rows; at least one.
     pub rows: Vec<StepRow<'a>>,
+    /// Who looks on.
+    pub probe: Option<&'a mut dyn Probe>,
 }
 
 impl StepRow<'_> {

@@ -73,6 +73,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
         vocab_size: LETTERS as usize + 2,
         max_context: 1 << 20,
         weight_bytes: 0,
+        sublayer_weights: [1; 2],
     };
     let info = ModelInfo {
         name: "toy".into(),

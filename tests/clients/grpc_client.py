@@ -299,6 +299,12 @@ def check_compression(server):
         server.generation.Generate(request(), metadata=[("x-rheostat-profile", "no-such-profile")])
     equal(caught[0].code(), bad, "a profile in the metadata")
     refused(server, bad, "compression.think", compression=compression.Compression(think=compression.Think(ratio=1.4)))
+    eco = server.generate(compression=compression.Compression(profile="eco"), max_tokens=8).usage.compression
+    check(eco.attention_layers_run < eco.dense_layers, "the shipped calibration's eco drops attention")
+    text = "A line of a long prompt. " * 30
+    pruned = compression.Compression(think=compression.Think(ratio=0.4))
+    both = [server.generate(text=text, max_tokens=8, compression=c).usage.compression for c in (None, pruned)]
+    check(both[1].kv_bytes < 0.9 * both[0].kv_bytes, f"pruned keys take fewer pages: {both}")
     shallow = compression.Compression(skip_decode=compression.SkipDecode(min_layers=18, horizon=4))
     usage = server.generate(compression=shallow, max_tokens=8).usage
     equal(usage.compression.plan.skip_decode.horizon, 4, "horizon of the plan")

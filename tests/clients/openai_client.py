@@ -232,6 +232,20 @@ def check_extra_fields(server):
     refused(bad, None, server.complete, extra_body={"compression": {"profile": "no-such-profile"}})
     error = refused(bad, None, server.complete, extra_body={"compression": {"think": {"ratio": 1.4}}})
     check("think" in error.message, f"the option is named: {error.message}")
+    mixed = {"compression": {"drop": {"attention": 2}, "skip_decode": {"min_layers": 20}}}
+    used = server.complete(max_tokens=8, extra_body=mixed).usage.compression
+    equal(used["plan"]["drop"], {"attention": 2}, "what the shipped calibration makes possible")
+    skips = {"compression": {"ffn_skip": {"target": 0.25, "warmup": 2}}}
+    used = server.complete(max_tokens=24, extra_body=skips).usage.compression
+    check(used["ffn_layers_skipped"] > 0, f"blocks were skipped: {used}")
+    check(used["ffn_layers_run"] + used["ffn_layers_skipped"] == used["dense_layers"], f"all are counted: {used}")
+    think = {"compression": {"think": {"ratio": 0.4, "recent": 32}}}
+    long = "A line of a long prompt. " * 30
+    used = [server.complete(prompt=long, max_tokens=8, extra_body=body).usage.compression for body in ({}, think)]
+    check(used[1]["kv_bytes"] < 0.9 * used[0]["kv_bytes"], f"pruned keys take fewer pages: {used}")
+    both = {"compression": {"ffn_skip": {}, "skip_decode": {}}}
+    error = refused(bad, None, server.complete, extra_body=both)
+    check("ffn_skip" in error.message and "skip_decode" in error.message, error.message)
     shallow = {"compression": {"skip_decode": {"min_layers": 18, "horizon": 4}}}
     used = server.complete(max_tokens=8, extra_body=shallow).usage.compression
     equal(used["plan"]["skip_decode"]["horizon"], 4, "the plan comes back")

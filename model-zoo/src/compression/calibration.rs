@@ -30,6 +30,9 @@ pub struct Calibration {
     /// Presets by name, besides `dense`.
     #[serde(default)]
     pub profiles: BTreeMap<String, CompressionOptions>,
+    /// What the presets were chosen from.
+    #[serde(default)]
+    pub tried: Vec<Tried>,
 }
 
 /// What was calibrated, and on what.
@@ -68,8 +71,24 @@ pub struct FfnThreshold {
     pub target: f32,
     /// Cosine that comes nearest.
     pub threshold: f32,
+    /// Blocks skipped before the next test, for which the threshold holds.
+    pub max_skip: usize,
     /// Fraction that it skipped on the calibration text.
     pub reached: f32,
+}
+
+/// A plan that was tried on held-out windows of the calibration text.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tried {
+    /// The plan.
+    pub plan: CompressionOptions,
+    /// Perplexity over that of dense, less 1.
+    pub perplexity_increase: f64,
+    /// Work in the layers as a share of dense.
+    pub layer_work: f64,
+    /// KV pages as a share of dense.
+    pub kv: f64,
 }
 
 /// How key channels are spread, by layer: what pruning by query-driven score can hope for.
@@ -78,6 +97,14 @@ pub struct FfnThreshold {
 pub struct ThinkCalibration {
     /// `[layer]`: share of the score Σ‖q_j‖²‖k_j‖² that the best 60% of the channels hold, mean of heads.
     pub kept_score: Vec<f64>,
+}
+
+/// The artefact that this build carries for a model of the catalogue.
+pub fn shipped(model: &str) -> Option<&'static str> {
+    match model {
+        "smollm2-135m" => Some(include_str!("../../calibration/smollm2-135m.toml")),
+        _ => None,
+    }
 }
 
 impl Calibration {
@@ -153,12 +180,12 @@ impl Calibration {
         (self.ffn_skip.first_layer, self.ffn_skip.end_layer)
     }
 
-    /// The cosine from which FFNs are skipped so that about `target` of them are, linear between the
-    /// calibrated targets.
+    /// The cosine from which FFNs are skipped so that about `target` of them are, and how many are skipped
+    /// before the next test: linear between calibrated targets of one `max_skip`, else the nearest one's.
     ///
     /// # Errors
     /// [`ZooError::Compression`] when no calibrated target reaches so far.
-    pub fn ffn_threshold(&self, target: f32) -> Result<f32> {
+    pub fn ffn_threshold(&self, target: f32) -> Result<(f32, usize)> {
         let table = &self.ffn_skip.thresholds;
         let Some(next) = table.iter().position(|entry| entry.target >= target) else {
             let most = table.last().map_or(0.0, |entry| entry.target);
@@ -167,9 +194,15 @@ impl Calibration {
             ));
         };
         let high = table[next];
-        let Some(low) = next.checked_sub(1).map(|index| table[index]) else { return Ok(high.threshold) };
+        let Some(low) = next.checked_sub(1).map(|index| table[index]) else {
+            return Ok((high.threshold, high.max_skip));
+        };
         let part = (target - low.target) / (high.target - low.target);
-        Ok(low.threshold + (high.threshold - low.threshold) * part)
+        if low.max_skip != high.max_skip {
+            let nearest = if part < 0.5 { low } else { high };
+            return Ok((nearest.threshold, nearest.max_skip));
+        }
+        Ok((low.threshold + (high.threshold - low.threshold) * part, high.max_skip))
     }
 }
 

@@ -202,14 +202,22 @@ pub(super) fn apply(options: &FfnSkip, context: &Context<'_>, plan: &mut Plan) -
             warm.take(count).for_each(|&layer| layers[layer] = true);
             FfnRule::Static(layers.into())
         }
-        FfnSelection::Adaptive => FfnRule::Adaptive {
-            threshold: match options.threshold {
-                Some(threshold) => threshold,
-                None => calibration.ffn_threshold(target)?,
-            },
-            max_skip: options.max_skip.unwrap_or_else(|| default_max_skip(target, num_layers, cold)),
-            quorum: (options.mode == Some(FfnMode::Batch)).then_some(quorum),
-        },
+        FfnSelection::Adaptive => {
+            let (threshold, max_skip) = match (options.threshold, options.max_skip) {
+                (Some(threshold), max_skip) => {
+                    (threshold, max_skip.unwrap_or_else(|| default_max_skip(target, num_layers, cold)))
+                }
+                (None, given) => {
+                    let (threshold, max_skip) = calibration.ffn_threshold(target)?;
+                    (threshold, given.unwrap_or(max_skip))
+                }
+            };
+            FfnRule::Adaptive {
+                threshold,
+                max_skip,
+                quorum: (options.mode == Some(FfnMode::Batch)).then_some(quorum),
+            }
+        }
     };
     let mut resolved = FfnSkip { target: Some(target), quorum: None, ..*options };
     if let FfnRule::Adaptive { threshold, max_skip, quorum } = rule {

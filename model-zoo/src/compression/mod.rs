@@ -66,6 +66,8 @@ pub struct RowState {
     pub ffns_skipped: u64,
     /// Decisions of FFN skipping.
     pub ffn: ffn_skip::FfnDecisions,
+    /// What key pruning has seen and decided.
+    pub pruning: think::PruningState,
 }
 
 impl Offer {

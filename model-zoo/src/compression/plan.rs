@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::Sublayer;
 use super::ffn_skip::FfnPolicy;
 use super::options::CompressionOptions;
+use super::think::{OBSERVED, Pruning};
 
 /// What of the model a request runs. Immutable after admission; [`Plan::dense`] is the whole model.
 ///
@@ -19,6 +20,9 @@ pub struct Plan {
     /// Tokens from the start whose K and V depend on `key` alone.
     shareable_len: usize,
     ffn: Option<FfnPolicy>,
+    pruning: Option<Pruning>,
+    /// Channels of a head, where keys are pruned.
+    head_dim: usize,
     options: CompressionOptions,
 }
 
@@ -33,6 +37,44 @@ pub struct KvDemand {
     /// `[layer]`: slots at most.
     limits: Arc<[usize]>,
     shareable_len: usize,
+    seal: Option<Seal>,
+}
+
+/// How a sequence's prefix shrinks once its prompt is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seal {
+    pruning: Pruning,
+    head_dim: usize,
+}
+
+impl Seal {
+    /// Computed tokens at which the sequence is sealed, before it goes on.
+    pub fn at(&self) -> usize {
+        self.pruning.prompt_len
+    }
+
+    /// Tokens from the start that the prefix cache may answer for: the last ones' queries are needed.
+    pub fn reusable_len(&self) -> usize {
+        self.pruning.prompt_len.saturating_sub(OBSERVED)
+    }
+
+    /// Slots that are packed.
+    pub fn num_packed(&self, block_size: usize) -> usize {
+        self.pruning.num_packed(block_size)
+    }
+
+    /// Pages of `block_size` slots that the packed slots of a layer take.
+    pub fn packed_pages(&self, block_size: usize) -> usize {
+        self.pages_before(self.num_packed(block_size), block_size).1
+    }
+
+    /// Of the packed pages of a layer: how many end within its first `slots` slots, whole blocks, and how
+    /// many they touch.
+    pub fn pages_before(&self, slots: usize, block_size: usize) -> (usize, usize) {
+        // K and V of a slot take kept + head_dim values a head, of the 2 · head_dim of other pages.
+        let (packed, whole) = (slots * (self.pruning.kept + self.head_dim), block_size * 2 * self.head_dim);
+        (packed / whole, packed.div_ceil(whole))
+    }
 }
 
 impl Plan {
@@ -43,6 +85,8 @@ impl Plan {
             key: PlanKey(0),
             shareable_len: usize::MAX,
             ffn: None,
+            pruning: None,
+            head_dim: 0,
             options: CompressionOptions::default(),
         }
     }
@@ -90,10 +134,16 @@ impl Plan {
         self.ffn.as_ref()
     }
 
+    /// The pruning of keys, if it is on.
+    pub fn pruning(&self) -> Option<&Pruning> {
+        self.pruning.as_ref()
+    }
+
     /// The KV slots that this plan fills.
     pub fn kv_demand(&self) -> KvDemand {
         let limits = self.limits.iter().map(|limits| limits[Sublayer::Attention as usize]).collect();
-        KvDemand { limits, shareable_len: self.shareable_len }
+        let seal = self.pruning.map(|pruning| Seal { pruning, head_dim: self.head_dim });
+        KvDemand { limits, shareable_len: self.shareable_len, seal }
     }
 
     /// The class of plans whose K and V are interchangeable with this one's as far as they are shareable.
@@ -121,6 +171,11 @@ impl Plan {
         self.ffn = Some(policy);
     }
 
+    pub(super) fn set_pruning(&mut self, pruning: Pruning, head_dim: usize) {
+        self.pruning = Some(pruning);
+        self.head_dim = head_dim;
+    }
+
     /// Sets the key from the sublayers that never run; those of no drop keep the dense key.
     pub(super) fn seal_key(&mut self) {
         // FNV-1a over the dropped sublayers, which is stable from build to build.
@@ -139,7 +194,7 @@ impl Plan {
 impl KvDemand {
     /// Demand of a plan that fills every layer for every token.
     pub fn dense(num_layers: usize) -> Self {
-        Self { limits: vec![usize::MAX; num_layers].into(), shareable_len: usize::MAX }
+        Self { limits: vec![usize::MAX; num_layers].into(), shareable_len: usize::MAX, seal: None }
     }
 
     /// Number of decoder layers that have a block table.
@@ -153,9 +208,27 @@ impl KvDemand {
         self.limits[layer].min(num_tokens)
     }
 
-    /// Pages of `block_size` slots that the first `num_tokens` tokens fill, over all layers.
+    /// How the prefix shrinks, if it does.
+    pub fn seal(&self) -> Option<&Seal> {
+        self.seal.as_ref()
+    }
+
+    /// Pages of `block_size` slots that the first `num_tokens` tokens fill in `layer`, its prefix packed or
+    /// not.
+    pub fn layer_pages(&self, layer: usize, block_size: usize, (num_tokens, sealed): (usize, bool)) -> usize {
+        let slots = self.kv_len(layer, num_tokens);
+        match &self.seal {
+            Some(seal) if sealed && slots > 0 => {
+                seal.packed_pages(block_size) + (slots - seal.num_packed(block_size)).div_ceil(block_size)
+            }
+            _ => slots.div_ceil(block_size),
+        }
+    }
+
+    /// Pages that the first `num_tokens` tokens fill, over all layers, once what is to be packed is.
     pub fn num_pages(&self, block_size: usize, num_tokens: usize) -> usize {
-        (0..self.num_layers()).map(|layer| self.kv_len(layer, num_tokens).div_ceil(block_size)).sum()
+        let sealed = self.seal.is_some_and(|seal| num_tokens > seal.at());
+        (0..self.num_layers()).map(|layer| self.layer_pages(layer, block_size, (num_tokens, sealed))).sum()
     }
 
     /// Tokens from the start whose pages other sequences may use: later ones were computed in a way that

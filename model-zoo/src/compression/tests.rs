@@ -7,8 +7,8 @@ fn offer() -> Offer {
         first_layer: 2,
         end_layer: 6,
         thresholds: vec![
-            calibration::FfnThreshold { target: 0.1, threshold: 0.8, reached: 0.1 },
-            calibration::FfnThreshold { target: 0.3, threshold: 0.6, reached: 0.3 },
+            calibration::FfnThreshold { target: 0.1, threshold: 0.8, max_skip: 1, reached: 0.1 },
+            calibration::FfnThreshold { target: 0.3, threshold: 0.6, max_skip: 1, reached: 0.3 },
         ],
     };
     let eco = CompressionOptions {
@@ -90,7 +90,8 @@ fn an_artefact_comes_back_as_written_and_fits_its_model_alone() {
     }
     let old = text.replace("version = 1", "version = 0");
     assert!(Calibration::parse(&old, 8, "a1b2").expect_err("old").to_string().contains("version 0"));
-    assert!((calibration.ffn_threshold(0.2).expect("within") - 0.7).abs() < 1e-6);
+    let (threshold, max_skip) = calibration.ffn_threshold(0.2).expect("within");
+    assert!((threshold - 0.7).abs() < 1e-6 && max_skip == 1);
 }
 
 #[test]

@@ -1,12 +1,141 @@
 //! ThinK (arXiv 2407.21018; methods.md §2): key channels that the prompt's last queries hardly look at
 //! are left out of the cache once the prompt is computed.
+//!
+//! While the prompt runs, its last [`OBSERVED`] queries are summed up by channel. When it is computed, the
+//! sequence is **sealed**: the best channels of its older keys move into packed pages
+//! ([`crate::kv_cache::pruned`]), and decode steps look at those. Channels are chosen once; a sequence that
+//! was preempted is sealed again with the same ones.
+
+use std::sync::Arc;
 
 use super::options::Think;
 use super::{Context, Plan, refuse};
 use crate::Result;
+use crate::kv_cache::{KvCache, KvLayout, PageId, PrunedKeys};
 
+/// Last queries of the prompt that score the channels.
+pub const OBSERVED: usize = 32;
+const DEFAULT_RATIO: f32 = 0.4;
+const DEFAULT_RECENT: usize = 32;
+
+/// What of the keys stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Pruning {
+    /// Channels kept of every KV head, `d_k`.
+    pub kept: usize,
+    /// Last prompt tokens that keep every channel at least, `R`.
+    pub recent: usize,
+    /// Tokens of the prompt: with the last of them computed, the sequence is sealed.
+    pub prompt_len: usize,
+}
+
+/// What pruning has seen and decided for one sequence.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PruningState {
+    /// `[layer][num_kv_heads, head_dim]`: Σ q² of the observed queries so far, mean of the heads that share
+    /// a KV head. Empty until the first of them ran.
+    pub query_sums: Vec<f32>,
+    /// The channels, once they are chosen.
+    pub keys: Option<Arc<PrunedKeys>>,
+    /// Whether the older keys lie in packed pages now.
+    pub sealed: bool,
+}
+
+/// Where a sequence's pages go when it is sealed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SealMoves {
+    /// `[layer]`: the pages of the prompt before.
+    pub old: Vec<Vec<PageId>>,
+    /// `[layer]`: the packed pages.
+    pub packed: Vec<Vec<PageId>>,
+    /// What is moved, to be done in order: a later move may write where an earlier one has read.
+    pub moves: Vec<PageMove>,
+}
+
+/// One page's move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageMove {
+    /// The slots of `page`, from slot `first` of the sequence on, are packed.
+    Pack {
+        /// Its layer.
+        layer: usize,
+        /// The dense page.
+        page: PageId,
+        /// Its first slot.
+        first: usize,
+    },
+    /// A page that others go on using is copied.
+    Copy {
+        /// The page.
+        from: PageId,
+        /// Its copy.
+        to: PageId,
+    },
+}
+
+/// Chooses the channels, unless they are chosen already, and moves the pages.
+pub fn seal(kv: &mut KvCache, seal: &SealMoves, (pruning, state): (&Pruning, &mut PruningState)) {
+    let KvLayout { num_kv_heads, head_dim, .. } = kv.layout();
+    let query_sums = std::mem::take(&mut state.query_sums);
+    let keys = state.keys.get_or_insert_with(|| {
+        let of_layer = |(layer, table): (usize, &Vec<PageId>)| {
+            let start = layer * num_kv_heads * head_dim;
+            let sums = query_sums.get(start..start + num_kv_heads * head_dim);
+            let sums = sums.filter(|_| !table.is_empty());
+            sums.map(|sums| kv.best_channels((table, pruning.prompt_len), sums, pruning.kept))
+                .unwrap_or_default()
+        };
+        let channels = seal.old.iter().enumerate().map(of_layer).collect();
+        Arc::new(PrunedKeys { kept: pruning.kept, channels })
+    });
+    for page_move in &seal.moves {
+        match *page_move {
+            PageMove::Pack { layer, page, first } => {
+                kv.pack(page, (&seal.packed[layer], first), &keys.channels[layer]);
+            }
+            PageMove::Copy { from, to } => kv.copy_page(from, to),
+        }
+    }
+    state.sealed = true;
+}
+
+impl Pruning {
+    /// Slots that are packed, whole blocks of `block_size`: those before the recent ones.
+    pub fn num_packed(&self, block_size: usize) -> usize {
+        self.prompt_len.saturating_sub(self.recent) / block_size * block_size
+    }
+
+    /// Whether the query at `position` is one of those that score the channels.
+    pub(crate) fn observes(&self, position: usize) -> bool {
+        position < self.prompt_len && position + OBSERVED >= self.prompt_len
+    }
+}
+
+/// Channels kept of `head_dim` at `ratio`: what the paper keeps, rounded up to a multiple of eight, of
+/// sixteen for wide heads, so that vector loads and tensor cores have whole tiles.
+pub fn kept_channels(ratio: f32, head_dim: usize) -> usize {
+    let pruned = (f64::from(ratio) * head_dim as f64 + 1e-6) as usize;
+    let tile = if head_dim > 64 { 16 } else { 8 };
+    (head_dim - pruned).next_multiple_of(tile).min(head_dim)
+}
+
+/// Sets the pruning of `plan`.
+///
 /// # Errors
-/// Always: the cache has no pruned pages yet.
-pub(super) fn apply(_options: &Think, _context: &Context<'_>, _plan: &mut Plan) -> Result<()> {
-    refuse("compression.think is not served yet")
+/// [`crate::ZooError::Compression`] for a ratio outside its range.
+pub(super) fn apply(options: &Think, context: &Context<'_>, plan: &mut Plan) -> Result<()> {
+    let ratio = options.ratio.unwrap_or(DEFAULT_RATIO);
+    if !(0.0..1.0).contains(&ratio) {
+        return refuse(format!("compression.think.ratio must be from 0 to less than 1, got {ratio}"));
+    }
+    let recent = options.recent.unwrap_or(DEFAULT_RECENT);
+    plan.options_mut().think = Some(Think { ratio: Some(ratio), recent: Some(recent) });
+    let pruning =
+        Pruning { kept: kept_channels(ratio, context.head_dim), recent, prompt_len: context.prompt_len };
+    // Nothing to prune: too few channels or too short a prompt.
+    if pruning.kept < context.head_dim && context.prompt_len > recent && context.head_dim <= 256 {
+        plan.share_at_most(context.prompt_len);
+        plan.set_pruning(pruning, context.head_dim);
+    }
+    Ok(())
 }

@@ -6,7 +6,11 @@
 //! slots in the vector lanes, and pruning a key channel drops a contiguous run), then V as
 //! `[num_kv_heads, block_size, head_dim]`.
 
+pub mod pruned;
+
 use half::f16;
+
+pub use pruned::{PackedLayout, PrunedKeys};
 
 /// Index of a page in the pool.
 pub type PageId = u32;

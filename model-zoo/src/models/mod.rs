@@ -28,6 +28,8 @@ pub struct ModelDims {
     pub max_context: usize,
     /// Bytes of weights held in memory.
     pub weight_bytes: usize,
+    /// Weights of one attention and of one feed-forward sublayer: how their work compares.
+    pub sublayer_weights: [usize; 2],
 }
 
 impl ModelDims {

@@ -59,6 +59,7 @@ impl ToyModel {
             vocab_size: VOCAB_SIZE,
             max_context: 1 << 20,
             weight_bytes: 0,
+            sublayer_weights: [1; 2],
         };
         Self { dims, options, read: Vec::new(), logits: Vec::new() }
     }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod blocks;
+mod calibration;
 mod compression;
 mod configs;
 mod download;
@@ -11,4 +12,5 @@ mod refusals;
 mod smollm2;
 mod steps;
 mod support;
+mod think;
 mod tiny;

@@ -102,7 +102,7 @@ impl Runner {
             plan: &chunk.sequence.plan,
             state: &mut chunk.sequence.state,
         });
-        let mut batch = StepBatch { rows: rows.collect() };
+        let mut batch = StepBatch { rows: rows.collect(), probe: None };
         let num_logit_rows = batch.num_logit_rows();
         self.model.forward(&mut batch, &mut self.kv)?;
         for chunk in chunks {

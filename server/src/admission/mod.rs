@@ -104,7 +104,7 @@ impl Admission {
             // The sentence begins with the field that it is about.
             let first = message.split([' ', ':']).next().unwrap_or_default();
             let param = if first.starts_with("compression.") { first } else { "compression" };
-            Error::invalid(&param.to_owned(), message)
+            Error::invalid(&String::from(param), message)
         })
     }
 

@@ -15,6 +15,7 @@ fn admission(max_concurrent_requests: usize) -> Admission {
         vocab_size: 300,
         max_context: 64,
         weight_bytes: 0,
+        sublayer_weights: [1; 2],
     };
     let model =
         ModelInfo { name: "toy".into(), created: 0, dims, max_model_len: 64, offer: Offer::default() };

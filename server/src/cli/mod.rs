@@ -1,6 +1,9 @@
 //! The command line: one file a subcommand.
 
+mod calibrate;
+mod eval;
 mod model;
+mod offer;
 mod pull;
 mod serve;
 
@@ -26,6 +29,10 @@ enum Command {
     Serve(Box<Options>),
     /// Fetch a model of the catalogue, or do nothing when it is there
     Pull(pull::Options),
+    /// Measure a model on a text, once, for the compression methods that need it
+    Calibrate(calibrate::Options),
+    /// Measure quality, speed and memory of compression plans
+    Eval(eval::Options),
 }
 
 /// Runs the command line and returns the process's exit status: 0 when all went well, 1 when it could not
@@ -34,6 +41,8 @@ pub fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Serve(options) => serve::main(*options),
         Command::Pull(options) => pull::main(&options),
+        Command::Calibrate(options) => calibrate::main(&options),
+        Command::Eval(options) => eval::main(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,36 +1,89 @@
 //! From the configured name to a model in memory.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use model_zoo::catalogue::{Catalogue, PullOptions, default_cache, pull};
-use model_zoo::compression::Offer;
-use model_zoo::loader::{LoadOptions, load};
+use model_zoo::loader::{LoadOptions, LoadedModel, load};
 use model_zoo::tokenizer::Tokenizer;
 
+use super::offer;
 use crate::config::Config;
 use crate::run::NamedModel;
 
-/// Finds the configured model, pulls it if it is a catalogue's and not there, and loads it.
+/// Which model a command is about.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct ModelFlags {
+    /// A name of the catalogue, a GGUF file, or a Hugging Face folder
+    #[arg(long, env = "RHEOSTAT_MODEL", default_value = "smollm2-135m")]
+    pub(super) model: String,
+    /// Folder for pulled models [default: the user's cache folder]
+    #[arg(long, env = "RHEOSTAT_CACHE")]
+    pub(super) cache: Option<PathBuf>,
+    /// TOML file with further catalogue entries
+    #[arg(long, env = "RHEOSTAT_CATALOGUE")]
+    pub(super) catalogue: Option<PathBuf>,
+    /// Compute threads [default: all cores]
+    #[arg(long, env = "RHEOSTAT_THREADS")]
+    pub(super) threads: Option<NonZeroUsize>,
+}
+
+/// A model on disk.
+#[derive(Debug, Clone)]
+pub(super) struct Found {
+    pub(super) name: String,
+    pub(super) path: PathBuf,
+    template: Option<String>,
+}
+
+impl ModelFlags {
+    /// Finds the model, pulls it if it is a catalogue's and not there.
+    ///
+    /// # Errors
+    /// A sentence: what is wrong and what to do.
+    pub(super) fn find(&self) -> Result<Found, String> {
+        let given = Path::new(&self.model);
+        if given.exists() {
+            return Ok(Found { name: name_of(given), path: given.to_owned(), template: None });
+        }
+        let catalogue = catalogue(self.catalogue.as_deref())?;
+        let entry = catalogue.get(&self.model).map_err(|e| e.to_string())?;
+        let path = pull(entry, &pull_options(self.cache.clone())).map_err(|e| e.to_string())?;
+        Ok(Found { name: entry.name.clone(), path, template: entry.chat_template.clone() })
+    }
+
+    /// Loads what was found.
+    ///
+    /// # Errors
+    /// As [`ModelFlags::find`].
+    pub(super) fn load(&self, found: &Found) -> Result<(LoadedModel, Tokenizer), String> {
+        let begin = std::time::Instant::now();
+        let options = LoadOptions { threads: self.threads.unwrap_or(LoadOptions::default().threads) };
+        let loaded = load(&found.path, &options).map_err(|e| e.to_string())?;
+        let tokenizer =
+            Tokenizer::load(&loaded.tokenizer, found.template.as_deref()).map_err(|e| e.to_string())?;
+        let (weights_mib, seconds) = (loaded.model.dims().weight_bytes >> 20, begin.elapsed().as_secs_f32());
+        tracing::info!(name = found.name, path = %found.path.display(), weights_mib, seconds, "model loaded");
+        Ok((loaded, tokenizer))
+    }
+}
+
+/// Finds the configured model and loads it, with its calibration.
 ///
 /// # Errors
 /// A sentence: what is wrong and what to do.
 pub fn open_model(config: &Config) -> Result<NamedModel, String> {
-    let given = Path::new(&config.model);
-    let (name, path, template) = if given.exists() {
-        (name_of(given), given.to_owned(), None)
-    } else {
-        let catalogue = catalogue(config.catalogue.as_deref())?;
-        let entry = catalogue.get(&config.model).map_err(|e| e.to_string())?;
-        let path = pull(entry, &pull_options(config.cache.clone())).map_err(|e| e.to_string())?;
-        (entry.name.clone(), path, entry.chat_template.clone())
+    let flags = ModelFlags {
+        model: config.model.clone(),
+        cache: config.cache.clone(),
+        catalogue: config.catalogue.clone(),
+        threads: Some(config.engine.threads),
     };
-    let begin = std::time::Instant::now();
-    let options = LoadOptions { threads: config.engine.threads };
-    let loaded = load(&path, &options).map_err(|e| e.to_string())?;
-    let tokenizer = Tokenizer::load(&loaded.tokenizer, template.as_deref()).map_err(|e| e.to_string())?;
-    let (weights_mib, seconds) = (loaded.model.dims().weight_bytes >> 20, begin.elapsed().as_secs_f32());
-    tracing::info!(name, path = %path.display(), weights_mib, seconds, "model loaded");
-    Ok(NamedModel { name, loaded, tokenizer, offer: Offer::default() })
+    let found = flags.find()?;
+    let (loaded, tokenizer) = flags.load(&found)?;
+    let calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
+    let offer = offer::checked(calibration, config.profiles.clone(), loaded.model.dims())?;
+    Ok(NamedModel { name: found.name, loaded, tokenizer, offer })
 }
 
 /// A file's name without `.gguf`, a folder's name.

@@ -4,11 +4,13 @@
 pub mod bytes;
 pub mod options;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::ByteSize;
+use model_zoo::compression::CompressionOptions;
 use options::Options;
 
 use crate::admission::Limits;
@@ -34,6 +36,10 @@ pub struct Config {
     pub limits: Limits,
     /// How long running requests may go on after a stop signal.
     pub drain: Duration,
+    /// A calibration artefact other than the one that is found by itself.
+    pub calibration: Option<PathBuf>,
+    /// The operator's compression profiles.
+    pub profiles: BTreeMap<String, CompressionOptions>,
     /// Other servers' metric names.
     pub metrics_compat: MetricsCompat,
     /// Log filter, as `RUST_LOG` spells it.
@@ -94,7 +100,19 @@ impl Config {
     }
 
     fn validate(options: Options) -> Result<Self, ConfigError> {
-        let Options { server, http, grpc, engine, memory, limits, metrics, log, config: _ } = options;
+        let Options {
+            server,
+            http,
+            grpc,
+            engine,
+            memory,
+            limits,
+            metrics,
+            log,
+            compression,
+            profiles,
+            config: _,
+        } = options;
         let defaults = Limits::default();
         let config = Self {
             model: server.model.unwrap_or_else(|| "smollm2-135m".into()),
@@ -130,6 +148,8 @@ impl Config {
                 ..defaults
             },
             drain: Duration::from_secs(server.drain_seconds.unwrap_or(30)),
+            calibration: compression.calibration,
+            profiles,
             metrics_compat: metrics.compat.unwrap_or_default(),
             log_filter: log.filter.unwrap_or_else(|| "info".into()),
             log_format: log.format.unwrap_or_default(),

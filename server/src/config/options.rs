@@ -1,9 +1,12 @@
 //! What can be configured. Each key is a flag, an environment variable and a key of the TOML file; its
 //! comment is the help text.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+
+use model_zoo::compression::CompressionOptions;
 
 use super::bytes::ByteSize;
 use crate::telemetry::MetricsCompat;
@@ -127,6 +130,14 @@ section! {
     }
 }
 
+section! {
+    /// `[compression]`
+    CompressionKeys {
+        /// Artefact of `rheostat calibrate` for the model [default: the one beside the weights, else the shipped one]
+        calibration: PathBuf = "calibration", "RHEOSTAT_CALIBRATION";
+    }
+}
+
 /// Every key, from one source or several.
 #[derive(Debug, Clone, Default, clap::Args, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -159,6 +170,12 @@ pub struct Options {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub log: LogOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub compression: CompressionKeys,
+    /// `[profiles.NAME]`: the operator's own compression profiles, in the file alone.
+    #[arg(skip)]
+    pub profiles: BTreeMap<String, CompressionOptions>,
 }
 
 impl Options {
@@ -183,6 +200,8 @@ impl Options {
             limits: self.limits.over(below.limits),
             metrics: self.metrics.over(below.metrics),
             log: self.log.over(below.log),
+            compression: self.compression.over(below.compression),
+            profiles: if self.profiles.is_empty() { below.profiles } else { self.profiles },
         }
     }
 }

@@ -168,6 +168,9 @@ impl Choice {
 
     /// It lost its KV and will be computed again.
     pub(super) fn preempted(&mut self) {
+        let pruning = &mut self.state.pruning;
+        pruning.sealed = false;
+        pruning.query_sums.clear();
         // Its plan's decisions stay: computed again, each token has to run what it ran at first.
         if let Some(scores) = &mut self.prompt_logprobs {
             scores.clear();

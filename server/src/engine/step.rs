@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use model_zoo::compression::{Plan, RowState};
+use model_zoo::compression::{Plan, RowState, think};
 use model_zoo::step::{LogitRows, StepBatch, StepRow};
 
 use super::run::Engine;
@@ -31,6 +31,7 @@ impl Engine {
     pub(super) fn step(&mut self) {
         let begin = Instant::now();
         let plan = self.scheduler.schedule();
+        self.seal();
         self.note_preempted(&plan);
         let scheduled = Instant::now();
         let mut rows = self.prepare(&plan);
@@ -53,6 +54,16 @@ impl Engine {
             sampled,
             phases: [scheduled - begin, forwarded - scheduled, sampled_at - forwarded, sampled_at.elapsed()],
         });
+    }
+
+    /// Packs the prompts that the scheduler has found pages for.
+    fn seal(&mut self) {
+        for (id, moves) in self.scheduler.drain_seals() {
+            let Some(choice) = self.choices.get_mut(&id) else { continue };
+            if let Some(pruning) = choice.live.request.plan.pruning() {
+                think::seal(&mut self.kv, &moves, (pruning, &mut choice.state.pruning));
+            }
+        }
     }
 
     fn note_preempted(&mut self, plan: &StepPlan) {

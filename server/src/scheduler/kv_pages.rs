@@ -5,8 +5,10 @@
 //! needs is asked of [`KvDemand`], so that a plan that skips a layer or drops tokens holds less.
 
 use model_zoo::compression::KvDemand;
+use model_zoo::compression::think::SealMoves;
 use model_zoo::kv_cache::PageId;
 
+use super::SeqId;
 use super::page_pool::PagePool;
 use super::prefix_cache::{BlockId, LayerPage, Parent, PrefixCache};
 use super::sequence::{Sequence, SharedPrefix};
@@ -14,9 +16,11 @@ use super::sequence::{Sequence, SharedPrefix};
 /// All pages, and where they are.
 #[derive(Debug)]
 pub(super) struct KvPages {
-    block_size: usize,
-    pool: PagePool,
-    cache: PrefixCache,
+    pub(super) block_size: usize,
+    pub(super) pool: PagePool,
+    pub(super) cache: PrefixCache,
+    /// Sequences sealed and not yet told of.
+    pub(super) seals: Vec<(SeqId, SealMoves)>,
 }
 
 /// What the prefix cache knows of a sequence.
@@ -31,7 +35,12 @@ pub(super) struct PrefixHit {
 
 impl KvPages {
     pub(super) fn new(block_size: usize, num_pages: usize) -> Self {
-        Self { block_size, pool: PagePool::new(page_limit(num_pages)), cache: PrefixCache::default() }
+        Self {
+            block_size,
+            pool: PagePool::new(page_limit(num_pages)),
+            cache: PrefixCache::default(),
+            seals: Vec::new(),
+        }
     }
 
     /// Pages that exist, in whatever state.
@@ -58,10 +67,30 @@ impl KvPages {
         demand.num_pages(self.block_size, num_tokens)
     }
 
+    /// Pages that a sequence holds at most on the way to its first `num_tokens` tokens, over all layers.
+    pub(super) fn peak_of(&self, demand: &KvDemand, num_tokens: usize) -> usize {
+        let pages = self.pages_of(demand, num_tokens);
+        match demand.seal() {
+            Some(seal) if num_tokens >= seal.at() => {
+                pages.max(self.pages_of(demand, seal.at()) + 2 * demand.num_layers())
+            }
+            _ => pages,
+        }
+    }
+
     /// Pages that `seq` lacks to hold its first `num_tokens` tokens.
     pub(super) fn pages_missing(&self, seq: &Sequence, num_tokens: usize) -> usize {
+        if seq.is_seal_due() {
+            return self.seal_cost(seq);
+        }
+        let demand = &seq.spec.demand;
+        let num_tokens = match demand.seal() {
+            Some(seal) if !seq.sealed => num_tokens.min(seal.at()),
+            _ => num_tokens,
+        };
+        let pages = |layer| demand.layer_pages(layer, self.block_size, (num_tokens, seq.sealed));
         let held: usize = seq.block_tables.iter().map(Vec::len).sum();
-        self.pages_of(&seq.spec.demand, num_tokens).saturating_sub(held)
+        (0..demand.num_layers()).map(pages).sum::<usize>().saturating_sub(held)
     }
 
     /// Gives `seq` the pages for its first `num_tokens` tokens, evicting idle blocks where needed. Does
@@ -70,8 +99,12 @@ impl KvPages {
         if self.pages_missing(seq, num_tokens) > self.num_available() {
             return false;
         }
+        if seq.is_seal_due() {
+            self.seal(seq);
+            return self.grow(seq, num_tokens);
+        }
         for (layer, table) in seq.block_tables.iter_mut().enumerate() {
-            let needed = seq.spec.demand.kv_len(layer, num_tokens).div_ceil(self.block_size);
+            let needed = seq.spec.demand.layer_pages(layer, self.block_size, (num_tokens, seq.sealed));
             while table.len() < needed {
                 table.push(self.take());
             }
@@ -79,7 +112,7 @@ impl KvPages {
         true
     }
 
-    fn take(&mut self) -> PageId {
+    pub(super) fn take(&mut self) -> PageId {
         while self.pool.num_free() == 0 {
             let pages = self.cache.evict().expect("invariant: the pages were counted before");
             self.give_back(pages);
@@ -101,6 +134,7 @@ impl KvPages {
         seq.shared = SharedPrefix::default();
         seq.num_computed = 0;
         seq.num_scheduled = 0;
+        seq.sealed = false;
         seq.kv_len.fill(0);
     }
 
@@ -124,13 +158,16 @@ impl KvPages {
     /// The block that `seq` could have found after `hit`, had it been there: its parent and tokens.
     pub(super) fn next_block<'a>(&self, seq: &'a Sequence, hit: &PrefixHit) -> Option<(Parent, &'a [u32])> {
         let parent = hit.blocks.last().map_or(Parent::Root(seq.cache_key()), |&id| Parent::Block(id));
-        let known = seq.shareable(seq.tokens.len() - 1);
+        let known = seq.reusable(seq.tokens.len() - 1);
         let end = self.next_border(&seq.spec.demand, hit.num_tokens, known)?;
         Some((parent, &seq.tokens[hit.num_tokens..end]))
     }
 
     /// The block that a running `seq` is going to publish next, if its tokens are known already.
     pub(super) fn unpublished_block<'a>(&self, seq: &'a Sequence) -> Option<(Parent, &'a [u32])> {
+        if seq.sealed {
+            return None;
+        }
         let start = seq.shared.num_tokens;
         let end = self.next_border(&seq.spec.demand, start, seq.shareable(seq.tokens.len()))?;
         Some((seq.chain_end(), &seq.tokens[start..end]))

@@ -28,6 +28,7 @@ mod page_pool;
 mod prefix_cache;
 mod resize;
 mod schedule;
+mod seal;
 mod sequence;
 mod stats;
 #[cfg(test)]
@@ -192,7 +193,7 @@ impl Scheduler {
         if self.sequences.0.contains_key(&spec.id) {
             return Err(AddError::DuplicateId);
         }
-        let needed = self.kv.pages_of(&spec.demand, Sequence::max_computed(&spec));
+        let needed = self.kv.peak_of(&spec.demand, Sequence::max_computed(&spec));
         let total = self.config.num_pages;
         if needed > total {
             return Err(AddError::NeverFits { needed, total });

@@ -87,6 +87,11 @@ impl PrefixCache {
         &self.block(id).pages
     }
 
+    /// Sequences that refer to the block.
+    pub(super) fn num_refs(&self, id: BlockId) -> usize {
+        self.block(id).num_refs
+    }
+
     /// Whether nobody refers to the block.
     pub(super) fn is_idle(&self, id: BlockId) -> bool {
         self.block(id).num_refs == 0

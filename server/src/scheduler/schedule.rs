@@ -46,7 +46,7 @@ impl Scheduler {
             let seq = &self.sequences[self.running[index]];
             if is_prefilling(seq) {
                 num_behind -= 1;
-                let wanted = seq.num_remaining();
+                let wanted = seq.num_runnable();
                 let chunk = wanted.min(self.share(*budget, num_behind > 0));
                 self.claim(index, chunk, budget);
             }
@@ -80,7 +80,7 @@ impl Scheduler {
             self.waiting.admit(num_passed_over);
             self.admit(id, hit);
             let seq = &self.sequences[id];
-            let chunk = seq.num_remaining().min(self.share(*budget, !self.waiting.is_empty()));
+            let chunk = seq.num_runnable().min(self.share(*budget, !self.waiting.is_empty()));
             self.claim(self.running.len() - 1, chunk, budget);
             let seq = &self.sequences[id];
             reserved += self.kv.pages_missing(seq, seq.tokens.len());
@@ -91,7 +91,7 @@ impl Scheduler {
     fn top_up_prefills(&mut self, budget: &mut usize) {
         for &id in &self.running {
             let seq = &mut self.sequences[id];
-            let extra = seq.num_remaining().min(*budget);
+            let extra = seq.num_runnable().min(*budget);
             if seq.num_scheduled == 0 || extra == 0 {
                 continue;
             }
@@ -174,7 +174,7 @@ impl Scheduler {
         }
         let seq = &self.sequences[id];
         let demand = &seq.spec.demand;
-        let needed = self.kv.pages_of(demand, seq.tokens.len()) - self.kv.pages_of(demand, hit.num_tokens);
+        let needed = self.kv.peak_of(demand, seq.tokens.len()) - self.kv.pages_of(demand, hit.num_tokens);
         let watermark = self.kv.num_pages() / 100 + demand.num_layers();
         needed + reserved + watermark <= self.kv.num_available() - hit.num_idle_pages
     }

@@ -27,7 +27,9 @@ pub(super) struct Sequence {
     pub(super) kv_len: Vec<usize>,
     /// The leading pages that the prefix cache owns.
     pub(super) shared: SharedPrefix,
-    /// Pages that it holds at most, at its last token.
+    /// Whether its prompt lies in packed pages.
+    pub(super) sealed: bool,
+    /// Pages that it holds at most.
     pub(super) max_pages: usize,
 }
 
@@ -53,6 +55,7 @@ impl Sequence {
             block_tables: vec![Vec::new(); num_layers],
             kv_len: vec![0; num_layers],
             shared: SharedPrefix::default(),
+            sealed: false,
             max_pages,
             spec,
         }
@@ -66,6 +69,22 @@ impl Sequence {
     /// Known tokens that are neither computed nor scheduled.
     pub(super) fn num_remaining(&self) -> usize {
         self.tokens.len() - self.num_computed - self.num_scheduled
+    }
+
+    /// Of those, tokens that a step may run: pruning takes place between the prompt and what follows.
+    pub(super) fn num_runnable(&self) -> usize {
+        let next = self.num_computed + self.num_scheduled;
+        match self.spec.demand.seal() {
+            Some(seal) if !self.sealed && next < seal.at() => self.num_remaining().min(seal.at() - next),
+            Some(seal) if !self.sealed && self.num_computed < seal.at() => 0,
+            _ => self.num_remaining(),
+        }
+    }
+
+    /// Whether its prompt is computed and has to be packed before anything else of it runs.
+    pub(super) fn is_seal_due(&self) -> bool {
+        let seal = self.spec.demand.seal();
+        !self.sealed && seal.is_some_and(|seal| self.num_computed == seal.at())
     }
 
     /// Only its last known token is to be computed: the next step is a decode step.
@@ -85,6 +104,12 @@ impl Sequence {
     /// Of its first `num_tokens` tokens, those whose pages other sequences may use.
     pub(super) fn shareable(&self, num_tokens: usize) -> usize {
         num_tokens.min(self.spec.demand.shareable_len())
+    }
+
+    /// Of its first `num_tokens` tokens, those that the prefix cache may answer for.
+    pub(super) fn reusable(&self, num_tokens: usize) -> usize {
+        let most = self.spec.demand.seal().map_or(usize::MAX, |seal| seal.reusable_len());
+        self.shareable(num_tokens).min(most)
     }
 
     /// Its row in the plan.

@@ -5,4 +5,5 @@ mod abuse;
 mod batching;
 mod cancellation;
 mod clients;
+mod soak;
 mod tidy;

@@ -16,7 +16,7 @@ use super::convert::narrow_f16;
 use super::isa::Isa;
 use super::pool::Disjoint;
 use super::vector::{exp, multiversion};
-use crate::kv_cache::{KvLayout, PageId};
+use crate::kv_cache::{KvLayout, PackedLayout, PageId};
 use crate::layers::linear::Cpu;
 
 /// Slots in the lanes of a vector. A page's block size is a multiple.
@@ -46,8 +46,39 @@ pub struct Segment<'a> {
     pub num_tokens: usize,
     /// KV slot of the first query; slots before it were written by earlier steps.
     pub kv_start: usize,
-    /// Pages of the sequence in this layer.
+    /// Pages of the sequence in this layer, packed ones first.
     pub block_table: &'a [PageId],
+    /// The packed prefix, if there is one.
+    pub packed: Option<Packed<'a>>,
+}
+
+/// A prefix in packed pages, the first ones of the block table.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed<'a> {
+    /// Its slots, a multiple of the block size.
+    pub num_slots: usize,
+    /// Channels kept of every KV head.
+    pub kept: usize,
+    /// `[num_kv_heads, kept]`
+    pub channels: &'a [u8],
+}
+
+impl Packed<'_> {
+    /// Slots that packing has won: those packed, less the slots that their pages would hold otherwise.
+    pub fn room(&self, layout: KvLayout) -> usize {
+        let pages = PackedLayout { layout, kept: self.kept }.num_pages(self.num_slots);
+        self.num_slots.saturating_sub(pages * layout.block_size)
+    }
+}
+
+impl Segment<'_> {
+    /// Index in the block table of the page of a slot that is not packed, and the slot's offset there.
+    pub fn place(&self, layout: KvLayout, slot: usize) -> (usize, usize) {
+        let (pages, slots) = self.packed.map_or((0, 0), |packed| {
+            (PackedLayout { layout, kept: packed.kept }.num_pages(packed.num_slots), packed.num_slots)
+        });
+        (pages + (slot - slots) / layout.block_size, (slot - slots) % layout.block_size)
+    }
 }
 
 impl AttentionShape {
@@ -140,17 +171,53 @@ impl<'a> QueryTile<'a> {
     }
 
     fn run(&mut self, isa: Isa, segment: Segment<'_>, pages: &[u16]) {
-        let block_size = self.shape.layout.block_size;
+        let layout = self.shape.layout;
         let written = segment.kv_start + segment.num_tokens;
         let end = self.slot + self.tokens;
         let first = self.shape.window.map_or(0, |w| (self.slot + 1).saturating_sub(w)) / SLOTS * SLOTS;
-        for start in (first..end).step_by(SLOTS) {
-            let page = segment.block_table[start / block_size] as usize;
-            let page = &pages[page * self.shape.layout.page_len()..][..self.shape.layout.page_len()];
-            let slots = self.slots(page, start % block_size, written - start);
+        let packed_end = segment.packed.map_or(0, |packed| packed.num_slots);
+        if let Some(packed) = segment.packed {
+            self.run_packed(isa, (packed, segment.block_table, pages), first..packed_end.min(end));
+        }
+        for start in (first.max(packed_end)..end).step_by(SLOTS) {
+            let (page, offset) = segment.place(layout, start);
+            let page = segment.block_table[page] as usize;
+            let page = &pages[page * layout.page_len()..][..layout.page_len()];
+            let slots = self.slots(page, offset, written - start);
             tile::score(isa, &self.q, slots, &mut self.scores);
             self.weigh(isa, start);
             tile::accumulate(isa, &self.scores, slots, &mut self.acc);
+        }
+    }
+
+    /// The part of the packed prefix in `range`: the queries' kept channels against the kept keys.
+    fn run_packed(
+        &mut self,
+        isa: Isa,
+        (packed, table, pages): (Packed<'_>, &[PageId], &[u16]),
+        range: std::ops::Range<usize>,
+    ) {
+        let layout = PackedLayout { layout: self.shape.layout, kept: packed.kept };
+        let (dim, kept) = (self.shape.layout.head_dim, packed.kept);
+        let channels = &packed.channels[self.kv_head * kept..(self.kv_head + 1) * kept];
+        let gather =
+            |query: &[f32]| channels.iter().map(|&channel| query[channel as usize]).collect::<Vec<_>>();
+        let q: Vec<f32> = self.q.chunks_exact(dim).flat_map(gather).collect();
+        let mut buffer = Vec::new();
+        for start in range.step_by(SLOTS) {
+            let group = start / SLOTS;
+            let first = layout.key_line(group, self.kv_head);
+            let keys = layout.lines((pages, table), (first, kept), &mut buffer);
+            tile::score(isa, &q, Slots { keys, stride: SLOTS, values: &[], dim: kept }, &mut self.scores);
+            self.weigh(isa, start);
+            let first = layout.value_line(group, self.kv_head);
+            let values = layout.lines((pages, table), (first, dim), &mut buffer);
+            tile::accumulate(
+                isa,
+                &self.scores,
+                Slots { keys: &[], stride: SLOTS, values, dim },
+                &mut self.acc,
+            );
         }
     }
 

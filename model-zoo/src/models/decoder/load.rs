@@ -48,12 +48,21 @@ impl CpuDecoder {
             vocab_size: config.vocab_size,
             max_context: config.max_context,
             weight_bytes: weights.bytes(),
+            sublayer_weights: weights.of_sublayers(),
         };
         Ok(Self { config, dims, cpu, weights, scratch: Scratch::default() })
     }
 }
 
 impl Weights {
+    /// Weights of one attention and one FFN sublayer, those of the first layer.
+    fn of_sublayers(&self) -> [usize; 2] {
+        let count = |linears: &[&Linear]| linears.iter().map(|l| l.in_features() * l.out_features()).sum();
+        self.layers
+            .first()
+            .map_or([1; 2], |l| [count(&[&l.q, &l.k, &l.v, &l.o]), count(&[&l.gate, &l.up, &l.down])])
+    }
+
     fn bytes(&self) -> usize {
         let norms = |layer: &Layer| {
             let extra = [&layer.qk_norm, &layer.post_norms].into_iter().flatten().flatten();

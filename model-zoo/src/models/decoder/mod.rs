@@ -4,6 +4,7 @@
 //! the hidden states whose logits are wanted. `load` reads the weights, `sublayer` runs a layer's halves.
 
 mod load;
+mod pruned;
 mod sublayer;
 
 use std::ops::Range;
@@ -165,7 +166,9 @@ impl CpuDecoder {
             for (layer, (table, &len)) in row.block_tables.iter().zip(row.kv_len).enumerate() {
                 let active =
                     row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()));
-                if table.len() * layout.block_size < len + active {
+                let slots = pruned::packed(row, (layer, layout.block_size));
+                let room = slots.map_or(0, |packed| packed.room(layout)) + table.len() * layout.block_size;
+                if room < len + active {
                     return fail(format!(
                         "layer {layer} has {} pages for {} slots",
                         table.len(),
@@ -201,6 +204,18 @@ impl CpuDecoder {
     }
 
     fn run(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
+        if step.batch.probe.is_none() {
+            return self.run_unseen(step, half);
+        }
+        let Half { layer, sublayer, x } = half;
+        let before = x.to_vec();
+        self.run_unseen(step, Half { layer, sublayer, x });
+        if let Some(probe) = &mut step.batch.probe {
+            probe.sublayer((layer, sublayer), &before, x);
+        }
+    }
+
+    fn run_unseen(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
         match half.sublayer {
             Sublayer::Attention => self.attention(step, half),
             Sublayer::Ffn if step.route.watched().is_empty() => self.ffn(half),

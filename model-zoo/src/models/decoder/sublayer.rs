@@ -1,9 +1,10 @@
 //! The two halves of a decoder layer, on a block of the residual stream.
 
+use super::pruned::segment;
 use super::{CpuDecoder, Half, Layer, Scratch, Step};
 use crate::compression::route::Span;
 use crate::config::Activation;
-use crate::kernels::cpu::attention::{AttentionShape, Segment, attention, write_kv};
+use crate::kernels::cpu::attention::{AttentionShape, attention, write_kv};
 use crate::kernels::cpu::packed::Write;
 use crate::kernels::cpu::rows::{for_each_row, for_each_row_pair};
 use crate::kernels::cpu::vector::{add, gelu_tanh_mul, rms_norm, rms_norm_in_place, silu_mul};
@@ -15,7 +16,8 @@ use crate::step::StepBatch;
 impl CpuDecoder {
     /// `x += o(attention(norm(x)))`, writing K and V of the block's tokens.
     pub(super) fn attention(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
-        let (batch, kv, spans) = (&*step.batch, &mut *step.kv, step.route.spans());
+        let route = step.route;
+        let spans = route.spans();
         let (config, cpu, index) = (&self.config, &self.cpu, half.layer);
         let layer = &self.weights.layers[index];
         let tokens = half.x.len() / config.hidden_size;
@@ -37,8 +39,16 @@ impl CpuDecoder {
             _ => (&self.weights.rotary, &s.tables[0]),
         };
         let place = Place { cpu, layer, rotary, table, eps: config.rms_norm_eps, index };
-        place.run(batch, spans, (&mut s.q, &mut s.k, &s.v), kv);
+        place.run(step.batch, spans, (&mut s.q, &mut s.k, &s.v), step.kv);
+        if let Some(probe) = &mut step.batch.probe {
+            probe.attention(index, &s.q, &s.k);
+        }
+        let queries = std::mem::take(&mut s.q);
+        self.observe_queries(step, index, &queries);
+        let s = &mut self.scratch;
+        s.q = queries;
 
+        let (batch, kv) = (&*step.batch, &*step.kv);
         s.mixed.resize(s.q.len(), 0.0);
         let shape = AttentionShape {
             num_heads: config.num_heads,
@@ -46,7 +56,8 @@ impl CpuDecoder {
             scale: config.attention_scale,
             window: layer.window,
         };
-        let segments: Vec<_> = spans.iter().map(|span| segment(batch, span, index)).collect();
+        let segments: Vec<_> =
+            spans.iter().map(|span| segment(batch, span, (index, kv.layout().block_size))).collect();
         attention(cpu, &shape, &segments, (&s.q, kv.as_bits(), &mut s.mixed));
         let post = layer.post_norms.as_ref().map(|[after, _]| (after.as_slice(), config.rms_norm_eps));
         let Scratch { mixed, normed, quantized, .. } = s;
@@ -74,16 +85,6 @@ impl CpuDecoder {
         let post = layer.post_norms.as_ref().map(|[_, after]| (after.as_slice(), config.rms_norm_eps));
         let mut gated = Activations::new(gate, width, quantized);
         project(cpu, (&layer.down, &mut gated), post, (half.x, normed));
-    }
-}
-
-fn segment<'a>(batch: &'a StepBatch<'_>, span: &Span, layer: usize) -> Segment<'a> {
-    let row = &batch.rows[span.row];
-    Segment {
-        first_token: span.start,
-        num_tokens: span.len,
-        kv_start: row.kv_len[layer] + span.first,
-        block_table: &row.block_tables[layer],
     }
 }
 
@@ -161,9 +162,10 @@ impl Place<'_> {
         });
         let rows = k.chunks_exact(widths.1).zip(v.chunks_exact(widths.1));
         for (&(span, i), (k, v)) in owners.iter().zip(rows) {
-            let row = &batch.rows[span.row];
-            let (table, slot) = (&row.block_tables[self.index], row.kv_len[self.index] + span.first + i);
-            write_kv(self.cpu.isa, (layout, kv.as_bits_mut()), (table, slot), (k, v));
+            let segment = segment(batch, span, (self.index, layout.block_size));
+            let (page, offset) = segment.place(layout, segment.kv_start + i);
+            let place = (&segment.block_table[page..], offset);
+            write_kv(self.cpu.isa, (layout, kv.as_bits_mut()), place, (k, v));
         }
     }
 }

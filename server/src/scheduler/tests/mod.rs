@@ -6,5 +6,6 @@ mod pages;
 mod prefix;
 mod properties;
 mod queue;
+mod seal;
 mod simulation;
 mod trace;

@@ -4,7 +4,8 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use model_zoo::compression::{KvDemand, PlanKey};
+use model_zoo::compression::options::Think;
+use model_zoo::compression::{CompressionOptions, Context, KvDemand, Offer, PlanKey, registry};
 
 use super::simulation::Simulation;
 use crate::scheduler::{SchedulerConfig, SeqId, SequenceSpec};
@@ -34,12 +35,16 @@ struct Request {
     salt: u64,
     plan_key: u64,
     bypass: bool,
+    /// Recent tokens where keys are pruned.
+    pruned: Option<usize>,
 }
 
 fn request() -> impl Strategy<Value = Request> {
     let rare = || prop::bool::weighted(0.1);
-    (0..3u64, 0..30usize, vec(0..2u32, 0..4), 0..12usize, 1..4u64, rare(), rare(), rare()).prop_map(
-        |(text, text_len, rest, max_tokens, num_choices, salt, plan_key, bypass)| Request {
+    let pruned = || prop::option::weighted(0.3, 0..12usize);
+    let flags = (rare(), rare(), rare(), pruned());
+    (0..3u64, 0..30usize, vec(0..2u32, 0..4), 0..12usize, 1..4u64, flags).prop_map(
+        |(text, text_len, rest, max_tokens, num_choices, (salt, plan_key, bypass, pruned))| Request {
             text,
             text_len,
             rest,
@@ -48,6 +53,7 @@ fn request() -> impl Strategy<Value = Request> {
             salt: salt.into(),
             plan_key: plan_key.into(),
             bypass,
+            pruned,
         },
     )
 }
@@ -129,7 +135,7 @@ impl Run {
                 group: self.next_group,
                 prompt: prompt.as_slice().into(),
                 max_tokens: request.max_tokens,
-                demand: KvDemand::dense(self.num_layers),
+                demand: demand(self.num_layers, prompt.len(), request),
                 plan_key: PlanKey(request.plan_key),
                 cache_salt: request.salt,
                 bypass_prefix_cache: request.bypass && choice == 0,
@@ -142,6 +148,19 @@ impl Run {
         let live = self.simulation.live();
         if live.is_empty() { None } else { Some(*index.get(&live)) }
     }
+}
+
+fn demand(num_layers: usize, prompt_len: usize, request: &Request) -> KvDemand {
+    let think = request.pruned.map(|recent| Think { ratio: Some(0.5), recent: Some(recent) });
+    let options = CompressionOptions { think, ..CompressionOptions::default() };
+    let context = Context {
+        num_layers,
+        head_dim: 64,
+        prompt_len,
+        max_tokens: request.max_tokens,
+        offer: &Offer::default(),
+    };
+    registry::compile(&options, &context).expect("a valid plan").kv_demand()
 }
 
 /// Token `i` of an endless text that does not repeat.

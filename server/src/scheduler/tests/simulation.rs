@@ -5,10 +5,13 @@ use std::collections::hash_map::{DefaultHasher, Entry};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
 
+use model_zoo::compression::think::PageMove;
 use model_zoo::kv_cache::PageId;
 
 use crate::scheduler::{AddError, RowOutcome, Scheduler, SchedulerConfig, SeqId, SequenceSpec, StepPlan};
 
+/// Where packed slots are counted from in a page.
+const PACKED: usize = 1000;
 /// Content of a slot after a failed forward pass.
 const GARBAGE: u64 = 0;
 
@@ -29,6 +32,8 @@ struct Live {
     tokens: Vec<u32>,
     /// Where its next row must begin; `None` while it holds no pages.
     next_pos: Option<usize>,
+    /// Its prompt lies in packed pages.
+    sealed: bool,
 }
 
 impl Simulation {
@@ -45,7 +50,7 @@ impl Simulation {
 
     pub(super) fn add(&mut self, spec: SequenceSpec) -> Result<(), AddError> {
         self.scheduler.add(spec.clone())?;
-        let live = Live { tokens: spec.prompt.to_vec(), spec, next_pos: None };
+        let live = Live { tokens: spec.prompt.to_vec(), spec, next_pos: None, sealed: false };
         self.live.insert(live.spec.id, live);
         self.check_pages();
         Ok(())
@@ -69,8 +74,10 @@ impl Simulation {
     pub(super) fn schedule(&mut self) -> StepPlan {
         let plan = self.scheduler.schedule();
         assert_eq!(plan, self.scheduler.schedule(), "an uncommitted plan is planned again");
+        self.move_sealed();
         for id in &plan.preempted {
-            self.live.get_mut(id).expect("preempted sequences are live").next_pos = None;
+            let live = self.live.get_mut(id).expect("preempted sequences are live");
+            (live.next_pos, live.sealed) = (None, false);
         }
         let num_tokens: usize = plan.rows.iter().map(|row| row.num_tokens).sum();
         assert!(num_tokens <= self.config.max_num_batched_tokens);
@@ -81,11 +88,42 @@ impl Simulation {
         plan
     }
 
+    /// Packs pages as the engine does. A packed slot is kept once for every page that its block touches.
+    fn move_sealed(&mut self) {
+        let block_size = self.config.block_size;
+        for (id, seal) in self.scheduler.drain_seals() {
+            let Some(live) = self.live.get_mut(&id) else { continue };
+            live.sealed = true;
+            for page_move in &seal.moves {
+                match *page_move {
+                    PageMove::Pack { layer, page, first } => {
+                        let touched = touched(live, first, block_size);
+                        for offset in 0..block_size {
+                            let content = self.slots.get(&(page, offset)).copied().unwrap_or(GARBAGE);
+                            for place in touched.clone() {
+                                let slot = PACKED + first + offset;
+                                self.slots.insert((seal.packed[layer][place], slot), content);
+                            }
+                        }
+                    }
+                    PageMove::Copy { from, to } => {
+                        for offset in 0..block_size {
+                            let content = self.slots.get(&(from, offset)).copied().unwrap_or(GARBAGE);
+                            self.slots.insert((to, offset), content);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// Who is past its prompt has a row, unless there is no page for it.
     fn check_no_decode_starves(&self, plan: &StepPlan) {
         let stats = self.scheduler.stats();
         for (&id, live) in &self.live {
-            let decoding = live.next_pos.is_some_and(|pos| pos + 1 == live.tokens.len());
+            // What sealing needs depends on who shares the prompt.
+            let seals = live.spec.demand.seal().is_some() && !live.sealed;
+            let decoding = !seals && live.next_pos.is_some_and(|pos| pos + 1 == live.tokens.len());
             if decoding && plan.rows.iter().all(|row| row.id != id) {
                 let num_layers = live.spec.demand.num_layers();
                 assert!(stats.pages_free + stats.pages_cached < num_layers, "{id:?} starves");
@@ -103,8 +141,14 @@ impl Simulation {
             for layer in 0..live.spec.demand.num_layers() {
                 assert_eq!(self.scheduler.kv_len(row.id).unwrap()[layer], row.first_pos);
                 for pos in 0..row.first_pos {
-                    let found = self.slots.get(&self.slot(row.id, layer, pos));
-                    assert_eq!(found, Some(&content(live, layer, pos)), "{row:?} reads wrong KV at {pos}");
+                    for slot in self.read(row.id, layer, pos) {
+                        let found = self.slots.get(&slot);
+                        assert_eq!(
+                            found,
+                            Some(&content(live, layer, pos)),
+                            "{row:?} reads wrong KV at {pos}"
+                        );
+                    }
                 }
                 for pos in row.first_pos..row.first_pos + row.num_tokens {
                     let (page, slot) = self.slot(row.id, layer, pos);
@@ -179,7 +223,20 @@ impl Simulation {
 
     fn slot(&self, id: SeqId, layer: usize, pos: usize) -> (PageId, usize) {
         let tables = self.scheduler.block_tables(id).expect("a scheduled sequence is live");
-        (tables[layer][pos / self.config.block_size], pos % self.config.block_size)
+        let (pages, slots) = self.live[&id].packed(self.config.block_size);
+        let pos = pos - slots;
+        (tables[layer][pages + pos / self.config.block_size], pos % self.config.block_size)
+    }
+
+    /// Where the KV of a token lies.
+    fn read(&self, id: SeqId, layer: usize, pos: usize) -> Vec<(PageId, usize)> {
+        let (live, block_size) = (&self.live[&id], self.config.block_size);
+        if pos >= live.packed(block_size).1 {
+            return vec![self.slot(id, layer, pos)];
+        }
+        let tables = self.scheduler.block_tables(id).expect("a scheduled sequence is live");
+        let touched = touched(live, pos / block_size * block_size, block_size);
+        touched.map(|place| (tables[layer][place], PACKED + pos)).collect()
     }
 
     fn holders(&self, page: PageId) -> Vec<SeqId> {
@@ -204,7 +261,12 @@ impl Simulation {
                 for (index, &page) in table.iter().enumerate() {
                     assert!((page as usize) < stats.pages_total, "page {page} is beyond the pool");
                     assert!(own.insert(page), "page {page} is twice in the tables of {id:?}");
-                    let last_pos = (index + 1) * self.config.block_size - 1;
+                    let (pages, slots) = live.packed(self.config.block_size);
+                    let Some(dense) = index.checked_sub(pages) else {
+                        assert!(held.insert(page, GARBAGE).is_none(), "packed page {page} is shared");
+                        continue;
+                    };
+                    let last_pos = slots + (dense + 1) * self.config.block_size - 1;
                     let shareable = last_pos < self.scheduler.kv_len(id).expect("live")[layer];
                     match held.entry(page) {
                         Entry::Occupied(other) => {
@@ -221,6 +283,20 @@ impl Simulation {
         }
         assert_eq!(held.len(), stats.pages_used, "pages in block tables");
     }
+}
+
+impl Live {
+    /// Pages and slots of its packed prefix.
+    fn packed(&self, block_size: usize) -> (usize, usize) {
+        let seal = self.spec.demand.seal().filter(|_| self.sealed);
+        seal.map_or((0, 0), |seal| (seal.packed_pages(block_size), seal.num_packed(block_size)))
+    }
+}
+
+/// The packed pages that the block at slot `first` touches.
+fn touched(live: &Live, first: usize, block_size: usize) -> std::ops::Range<usize> {
+    let seal = live.spec.demand.seal().expect("it was sealed");
+    seal.pages_before(first, block_size).0..seal.pages_before(first + block_size, block_size).1
 }
 
 /// What the KV of token `pos` in `layer` depends on.

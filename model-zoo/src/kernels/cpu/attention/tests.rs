@@ -54,8 +54,13 @@ impl Case {
 
     fn run(&self, isa: Isa, first: usize, count: usize) -> Vec<f32> {
         let cpu = Cpu { pool: Pool::new(2), isa };
-        let segment =
-            Segment { first_token: 0, num_tokens: count, kv_start: first, block_table: &self.table };
+        let segment = Segment {
+            first_token: 0,
+            num_tokens: count,
+            kv_start: first,
+            block_table: &self.table,
+            packed: None,
+        };
         let mut out = vec![f32::NAN; count * 240];
         let q = &self.q[first * 240..(first + count) * 240];
         attention(&cpu, &self.shape, &[segment], (q, self.kv.as_bits(), &mut out));
@@ -97,4 +102,84 @@ fn a_query_has_the_same_bits_in_any_chunk() {
             }
         }
     }
+}
+
+/// methods.md §2 (e) 3: packed keys are those with the pruned channels zeroed, in the packed slots alone.
+#[test]
+fn a_packed_prefix_equals_keys_with_zeroed_channels() {
+    for (block_size, window) in [(16, None), (32, None), (16, Some(50))] {
+        let (len, num_slots, kept) = (105, 64, 24);
+        let mut case = case(len, block_size, window);
+        let layout = case.shape.layout;
+        let packed_layout = PackedLayout { layout, kept };
+        let sums: Vec<f32> = (0..80).map(|i| (i * 37 % 80) as f32).collect();
+        let channels = case.kv.best_channels((&case.table, len), &sums, kept);
+        // Fresh pages for the packed slots, then the dense tail as it is.
+        let own = case.table.clone();
+        let num_packed = packed_layout.num_pages(num_slots);
+        let all = case.kv.num_pages();
+        let mut kv = KvCache::new(layout, all + num_packed);
+        (0..(all + num_packed) as PageId).for_each(|page| kv.poison(page));
+        kv.as_bits_mut()[..all * layout.page_len()].copy_from_slice(case.kv.as_bits());
+        let mut table: Vec<PageId> = (all as PageId..(all + num_packed) as PageId).rev().collect();
+        for (index, &page) in own.iter().take(num_slots / block_size).enumerate() {
+            kv.pack(page, (&table, index * block_size), &channels);
+            kv.poison(page);
+        }
+        table.extend(&own[num_slots / block_size..]);
+        // The twin: the same keys, zeroed.
+        for (t, token) in case.k.chunks_exact_mut(80).enumerate().take(num_slots) {
+            for (head, keys) in token.chunks_exact_mut(40).enumerate() {
+                let own = &channels[head * kept..(head + 1) * kept];
+                (0..40).filter(|&c| !own.contains(&(c as u8))).for_each(|c| keys[c] = 0.0);
+            }
+            let v = &case.v[t * 80..(t + 1) * 80];
+            write_kv(Isa::Portable, (layout, case.kv.as_bits_mut()), (&own, t), (token, v));
+        }
+        for isa in Isa::available() {
+            let cpu = Cpu { pool: Pool::new(2), isa };
+            let packed = Some(Packed { num_slots, kept, channels: &channels });
+            let count = len - num_slots;
+            let segment = Segment {
+                first_token: 0,
+                num_tokens: count,
+                kv_start: num_slots,
+                block_table: &table,
+                packed,
+            };
+            let mut out = vec![f32::NAN; count * 240];
+            attention(&cpu, &case.shape, &[segment], (&case.q[num_slots * 240..], kv.as_bits(), &mut out));
+            for (a, b) in out.iter().zip(case.run(isa, num_slots, count)) {
+                assert!((a - b).abs() < 1e-5, "{isa:?} {block_size}: {a} {b}");
+            }
+        }
+    }
+}
+
+/// methods.md §2 (e) 2: the factorised score ranks as the Frobenius norm of each channel's part of QKᵀ.
+#[test]
+fn channels_rank_by_the_frobenius_norm_of_their_part() {
+    let case = case(40, 16, None);
+    let (head, group) = (1, 3);
+    let query = |t: usize, g: usize, c: usize| f64::from(case.q[t * 240 + (head * group + g) * 40 + c]);
+    let key = |s: usize, c: usize| f64::from(case.k[s * 80 + head * 40 + c]);
+    let norm = |c: usize| {
+        let pairs = (0..40).flat_map(|t| (0..group).flat_map(move |g| (0..40).map(move |s| (t, g, s))));
+        pairs.map(|(t, g, s)| (query(t, g, c) * key(s, c)).powi(2)).sum::<f64>().sqrt()
+    };
+    let mut order: Vec<usize> = (0..40).collect();
+    order.sort_by(|&a, &b| norm(b).total_cmp(&norm(a)));
+    let mut best: Vec<u8> = order[..16].iter().map(|&c| c as u8).collect();
+    best.sort_unstable();
+    let mut sums = vec![1f32; 80];
+    for (c, sum) in sums[40..].iter_mut().enumerate() {
+        let squares =
+            (0..40).flat_map(|t| (0..group).map(move |g| (t, g))).map(|(t, g)| query(t, g, c).powi(2));
+        *sum = (squares.sum::<f64>() / group as f64) as f32;
+    }
+    let channels = case.kv.best_channels((&case.table, 40), &sums, 16);
+    assert_eq!(channels[16..], best);
+    // A channel that no query looks at goes first.
+    sums[40 + best[0] as usize] = 0.0;
+    assert!(!case.kv.best_channels((&case.table, 40), &sums, 39)[39..].contains(&best[0]));
 }

@@ -1,0 +1,156 @@
+//! Packed pages: K and V of a prefix whose keys keep only some channels (ThinK, arXiv 2407.21018).
+//!
+//! Packed pages have the byte size of all others. They are one stream of *lines* of sixteen f16 values, in
+//! which sixteen slots take `num_kv_heads · (kept + head_dim)` lines: K as `[num_kv_heads, kept, 16 slots]`,
+//! then V as `[num_kv_heads, 16 slots, head_dim]`. A line never lies across pages; a head's run of lines may.
+
+use super::{KvCache, KvLayout, PageId};
+
+/// Slots, and values in a line.
+pub const LINE: usize = 16;
+
+/// The geometry of packed pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedLayout {
+    /// That of all other pages.
+    pub layout: KvLayout,
+    /// Channels kept of every KV head.
+    pub kept: usize,
+}
+
+/// Which channels a sequence keeps in its packed prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrunedKeys {
+    /// Channels kept of every KV head.
+    pub kept: usize,
+    /// `[layer][num_kv_heads, kept]`, ascending for each head.
+    pub channels: Vec<Box<[u8]>>,
+}
+
+impl PackedLayout {
+    /// Lines of sixteen slots.
+    pub fn group_lines(&self) -> usize {
+        self.layout.num_kv_heads * (self.kept + self.layout.head_dim)
+    }
+
+    /// Lines of a page.
+    pub fn page_lines(&self) -> usize {
+        self.layout.page_len() / LINE
+    }
+
+    /// Pages of a prefix of `num_slots` slots, a multiple of sixteen.
+    pub fn num_pages(&self, num_slots: usize) -> usize {
+        (num_slots / LINE * self.group_lines()).div_ceil(self.page_lines())
+    }
+
+    /// The packed pages, counted from 0, that hold slots `first..first + len`, multiples of sixteen.
+    pub fn pages_of(&self, first: usize, len: usize) -> std::ops::Range<usize> {
+        let lines = self.group_lines();
+        first / LINE * lines / self.page_lines()..((first + len) / LINE * lines).div_ceil(self.page_lines())
+    }
+
+    /// First line of the keys of `head` in the `group`th sixteen slots.
+    pub(crate) fn key_line(&self, group: usize, head: usize) -> usize {
+        group * self.group_lines() + head * self.kept
+    }
+
+    /// First line of the values of `head` in the `group`th sixteen slots.
+    pub(crate) fn value_line(&self, group: usize, head: usize) -> usize {
+        let keys = self.layout.num_kv_heads * self.kept;
+        group * self.group_lines() + keys + head * self.layout.head_dim
+    }
+
+    /// Where line `index` of the stream in `table` begins in the pool.
+    fn place(&self, table: &[PageId], index: usize) -> usize {
+        let (page, line) = (index / self.page_lines(), index % self.page_lines());
+        table[page] as usize * self.layout.page_len() + line * LINE
+    }
+
+    /// `count` lines from `first` on: a slice of the pool, or gathered into `buffer` where they lie across
+    /// pages.
+    pub(crate) fn lines<'a>(
+        &self,
+        (pages, table): (&'a [u16], &[PageId]),
+        (first, count): (usize, usize),
+        buffer: &'a mut Vec<u16>,
+    ) -> &'a [u16] {
+        if first / self.page_lines() == (first + count - 1) / self.page_lines() {
+            let start = self.place(table, first);
+            return &pages[start..start + count * LINE];
+        }
+        buffer.clear();
+        for line in first..first + count {
+            let start = self.place(table, line);
+            buffer.extend_from_slice(&pages[start..start + LINE]);
+        }
+        buffer
+    }
+}
+
+impl KvCache {
+    /// The channels of one layer that score best by `Σ q² · Σ k²` (the square of the Frobenius norm of
+    /// their part of QKᵀ, §3.2 of the paper; query heads of a group by their mean), `[num_kv_heads, kept]`,
+    /// ascending; of equal ones the lower is pruned. `query_sums` is `[num_kv_heads, head_dim]`, and keys
+    /// are those of the first `num_slots` slots of `table`.
+    pub fn best_channels(
+        &self,
+        (table, num_slots): (&[PageId], usize),
+        query_sums: &[f32],
+        kept: usize,
+    ) -> Box<[u8]> {
+        let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
+        let mut channels = Vec::with_capacity(num_kv_heads * kept);
+        for head in 0..num_kv_heads {
+            let score = |channel: usize| {
+                let mut sum = 0f64;
+                for first in (0..num_slots).step_by(block_size) {
+                    let page = table[first / block_size] as usize * self.layout.page_len();
+                    let start = page + (head * head_dim + channel) * block_size;
+                    let keys = &self.pages[start..start + block_size.min(num_slots - first)];
+                    sum +=
+                        keys.iter().map(|&bits| f64::from(half::f16::from_bits(bits)).powi(2)).sum::<f64>();
+                }
+                sum * f64::from(query_sums[head * head_dim + channel])
+            };
+            let scores: Vec<f64> = (0..head_dim).map(score).collect();
+            let mut order: Vec<usize> = (0..head_dim).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(b.cmp(&a)));
+            order.truncate(kept);
+            order.sort_unstable();
+            channels.extend(order.into_iter().map(|channel| channel as u8));
+        }
+        channels.into()
+    }
+
+    /// Packs the slots of dense page `source`, which begin at slot `first` of the sequence, into the packed
+    /// pages `table`, keeping `channels` as of [`KvCache::best_channels`]. Only the pages of
+    /// [`PackedLayout::pages_of`] are touched.
+    pub fn pack(&mut self, source: PageId, (table, first): (&[PageId], usize), channels: &[u8]) {
+        let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
+        let packed = PackedLayout { layout: self.layout, kept: channels.len() / num_kv_heads };
+        let page = source as usize * self.layout.page_len();
+        let values = page + num_kv_heads * head_dim * block_size;
+        for offset in (0..block_size).step_by(LINE) {
+            let group = (first + offset) / LINE;
+            for head in 0..num_kv_heads {
+                let own = &channels[head * packed.kept..(head + 1) * packed.kept];
+                for (line, &channel) in (packed.key_line(group, head)..).zip(own) {
+                    let from = page + (head * head_dim + channel as usize) * block_size + offset;
+                    let to = packed.place(table, line);
+                    self.pages.copy_within(from..from + LINE, to);
+                }
+                let from = values + (head * block_size + offset) * head_dim;
+                for (index, line) in (packed.value_line(group, head)..).take(head_dim).enumerate() {
+                    let to = packed.place(table, line);
+                    self.pages.copy_within(from + index * LINE..from + (index + 1) * LINE, to);
+                }
+            }
+        }
+    }
+
+    /// Copies a page.
+    pub fn copy_page(&mut self, from: PageId, to: PageId) {
+        let len = self.layout.page_len();
+        self.pages.copy_within(from as usize * len..(from as usize + 1) * len, to as usize * len);
+    }
+}
