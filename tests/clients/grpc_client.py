@@ -298,10 +298,10 @@ def check_compression(server):
     with raises(grpc.RpcError, "a profile in the metadata") as caught:
         server.generation.Generate(request(), metadata=[("x-rheostat-profile", "no-such-profile")])
     equal(caught[0].code(), bad, "a profile in the metadata")
-    refused(server, bad, "compression.think", compression=compression.Compression(think=compression.Think(ratio=1.4)))
+    refused(server, bad, "compression.think.ratio", compression=compression.Compression(think=compression.Think(ratio=1.4)))
     eco = server.generate(compression=compression.Compression(profile="eco"), max_tokens=8).usage.compression
     check(eco.attention_layers_run < eco.dense_layers, "the shipped calibration's eco drops attention")
-    text = "A line of a long prompt. " * 30
+    text = "A line of a long prompt. " * 120
     pruned = compression.Compression(think=compression.Think(ratio=0.4))
     both = [server.generate(text=text, max_tokens=8, compression=c).usage.compression for c in (None, pruned)]
     check(both[1].kv_bytes < 0.9 * both[0].kv_bytes, f"pruned keys take fewer pages: {both}")

@@ -240,7 +240,7 @@ def check_extra_fields(server):
     check(used["ffn_layers_skipped"] > 0, f"blocks were skipped: {used}")
     check(used["ffn_layers_run"] + used["ffn_layers_skipped"] == used["dense_layers"], f"all are counted: {used}")
     think = {"compression": {"think": {"ratio": 0.4, "recent": 32}}}
-    long = "A line of a long prompt. " * 30
+    long = "A line of a long prompt. " * 120
     used = [server.complete(prompt=long, max_tokens=8, extra_body=body).usage.compression for body in ({}, think)]
     check(used[1]["kv_bytes"] < 0.9 * used[0]["kv_bytes"], f"pruned keys take fewer pages: {used}")
     both = {"compression": {"ffn_skip": {}, "skip_decode": {}}}
