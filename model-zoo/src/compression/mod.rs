@@ -68,6 +68,9 @@ pub struct RowState {
     pub ffn: ffn_skip::FfnDecisions,
     /// What key pruning has seen and decided.
     pub pruning: think::PruningState,
+    /// Blocks of elastic weights that the row is served with (see [`crate::models::elastic`]); all that are
+    /// held when it is not set.
+    pub blocks: Option<usize>,
 }
 
 impl Offer {

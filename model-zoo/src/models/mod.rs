@@ -1,10 +1,12 @@
 //! Decoders. One trait between the engine and every model.
 
 pub mod decoder;
+pub mod elastic;
 pub mod toy;
 
 use crate::Result;
 use crate::kv_cache::{KvCache, KvLayout};
+use crate::models::elastic::ElasticWeights;
 use crate::step::StepBatch;
 
 /// A model's sizes, as the engine and admission need them.
@@ -58,4 +60,9 @@ pub trait CausalLm: Send {
     /// # Errors
     /// [`crate::ZooError::Step`] when `rows` is outside the last step.
     fn logits(&mut self, rows: std::ops::Range<usize>) -> Result<&[f32]>;
+
+    /// The weights, where they can be held in part.
+    fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
+        None
+    }
 }
