@@ -95,6 +95,7 @@ impl Bench {
             batch.rows.push(StepRow {
                 tokens,
                 first_pos: sequence.len,
+                images: &[],
                 kv_len,
                 block_tables: &sequence.tables,
                 logits: LogitRows::Last,

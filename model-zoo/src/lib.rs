@@ -20,6 +20,7 @@ pub mod loader;
 pub mod models;
 pub mod step;
 pub mod tokenizer;
+pub mod vision;
 pub mod weights;
 
 pub use error::{Result, ZooError};

@@ -2,6 +2,7 @@
 
 use crate::compression::{Plan, RowState, Sublayer};
 use crate::kv_cache::PageId;
+use crate::vision::PromptImage;
 
 /// Which positions of a row's chunk need logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,9 @@ pub struct StepRow<'a> {
     pub tokens: &'a [u32],
     /// RoPE position of `tokens[0]`. Never derived from a KV length.
     pub first_pos: usize,
+    /// The images of the sequence's prompt, in order. Where one of them lies, its embeddings stand for the
+    /// tokens, whose ids count for nothing there.
+    pub images: &'a [PromptImage],
     /// For each layer, how many KV slots the sequence holds before this step.
     pub kv_len: &'a [usize],
     /// For each layer, the pages of the sequence in order: slot `s` lives in page
@@ -56,6 +60,11 @@ pub struct StepBatch<'a> {
 }
 
 impl StepRow<'_> {
+    /// The embedding that an image puts in the place of token `index` of the row, `[hidden_size]`.
+    pub fn image_row(&self, index: usize) -> Option<&[f32]> {
+        PromptImage::row(self.images, self.first_pos + index)
+    }
+
     /// Number of logit rows that this row asks for.
     pub fn num_logit_rows(&self) -> usize {
         match self.logits {

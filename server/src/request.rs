@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model_zoo::compression::Plan;
+use model_zoo::vision::PromptImage;
 
 /// A request as the front ends hand it to [`crate::admission`]: converted from the wire, not validated.
 #[derive(Debug, Clone, Default)]
@@ -130,6 +131,8 @@ pub struct GenerateRequest {
     pub id: String,
     /// At least one token; with `max_tokens` within the model's context.
     pub prompt: Arc<[u32]>,
+    /// The images that the prompt has places for, in order, none over another.
+    pub images: Arc<[PromptImage]>,
     /// Validated sampling parameters; `seed` is set.
     pub sampling: Arc<SamplingParams>,
     /// Tokens to generate at most; 0 only scores the prompt.

@@ -88,6 +88,7 @@ impl<'m> Runner<'m> {
         let rows = chunks.iter_mut().zip(&lens).map(|(chunk, kv_len)| StepRow {
             tokens: chunk.tokens,
             first_pos: chunk.sequence.len,
+            images: &[],
             kv_len,
             block_tables: &chunk.sequence.block_tables,
             logits: chunk.logits,

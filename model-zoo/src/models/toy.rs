@@ -72,7 +72,11 @@ impl ToyModel {
             return Err(ZooError::Step("the pages do not fit this model".into()));
         }
         for row in &batch.rows {
-            let known = row.tokens.iter().all(|&t| (t as usize) < VOCAB_SIZE);
+            let known = row
+                .tokens
+                .iter()
+                .enumerate()
+                .all(|(i, &t)| (t as usize) < VOCAB_SIZE || row.image_row(i).is_some());
             let layers = row.block_tables.len() == LAYERS && row.kv_len.len() == LAYERS;
             let fits = |(layer, (table, &len)): (usize, (&Vec<PageId>, &usize))| {
                 table.len() * block_size >= len + active_len(row, layer)
@@ -162,7 +166,11 @@ fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
         let active = active_len(row, layer);
         for (index, &token) in row.tokens.iter().take(active).enumerate() {
             let start = slot_start(kv.layout(), &row.block_tables[layer], row.kv_len[layer] + index);
-            let word = u64::from(token) << 32 | (row.first_pos + index) as u64;
+            // Of an image, what its embedding says counts, and not the token.
+            let token = row.image_row(index).map_or(u64::from(token), |image| {
+                image.iter().fold(SEED, |hash, value| mix(hash, u64::from(value.to_bits()))) >> 32
+            });
+            let word = token << 32 | (row.first_pos + index) as u64;
             let bits = [0, 16, 32, 48].map(|shift| (word >> shift) as u16);
             kv.as_bits_mut()[start..start + SLOT_LEN].copy_from_slice(&bits);
         }

@@ -96,6 +96,7 @@ impl Runner {
         let rows = chunks.iter_mut().zip(&lens).map(|(chunk, lens)| StepRow {
             tokens: chunk.tokens,
             first_pos: chunk.sequence.len,
+            images: &[],
             kv_len: lens,
             block_tables: &chunk.sequence.block_tables,
             logits: chunk.logits,

@@ -74,6 +74,7 @@ impl Admission {
         let request = GenerateRequest {
             id: guard.id().to_owned(),
             prompt: prompt.into(),
+            images: Arc::default(),
             sampling: Arc::new(sampling),
             max_tokens,
             n,

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use model_zoo::compression::KvDemand;
 use model_zoo::kv_cache::KvCache;
 use model_zoo::models::CausalLm;
+use model_zoo::vision::PromptImage;
 use tokio::sync::mpsc;
 
 use super::Command;
 use super::sequence::{Choice, Live, Shared};
 use crate::error::{Error, ErrorKind};
 use crate::request::{FinishReason, GenerateRequest, TokenEvent};
-use crate::scheduler::{AddError, Scheduler, SchedulerConfig, SeqId, SequenceSpec};
+use crate::scheduler::{AddError, ImageSpan, Scheduler, SchedulerConfig, SeqId, SequenceSpec};
 use crate::telemetry::SchedulerGauges;
 
 /// Everything that the engine thread owns.
@@ -132,12 +133,23 @@ fn spec(request: &GenerateRequest, id: SeqId, group: u64, index: usize) -> Seque
         id,
         group,
         prompt: Arc::clone(&request.prompt),
+        images: request.images.iter().map(span).collect(),
         max_tokens: request.max_tokens,
         demand,
         plan_key: request.plan.key(),
         cache_salt: request.cache_salt,
         // One choice scores the prompt; its siblings share what it computed.
         bypass_prefix_cache: request.prompt_logprobs && index == 0,
+    }
+}
+
+fn span(image: &PromptImage) -> ImageSpan {
+    let digest = image.embeddings.digest();
+    let word = |i: usize| u32::from_le_bytes(std::array::from_fn(|byte| digest[4 * i + byte]));
+    ImageSpan {
+        start: image.start,
+        num_tokens: image.embeddings.num_tokens(),
+        digest: std::array::from_fn(word),
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use model_zoo::compression::{Plan, RowState, think};
 use model_zoo::step::{LogitRows, StepBatch, StepRow};
+use model_zoo::vision::PromptImage;
 
 use super::run::Engine;
 use super::sampler::logprob_of;
@@ -22,6 +23,7 @@ const LOGIT_TILE: usize = 16;
 struct Prepared {
     scheduled: ScheduledSeq,
     plan: std::sync::Arc<Plan>,
+    images: std::sync::Arc<[PromptImage]>,
     logits: LogitRows,
     state: RowState,
 }
@@ -87,8 +89,14 @@ impl Engine {
             } else {
                 LogitRows::None
             };
-            let plan = std::sync::Arc::clone(&choice.live.request.plan);
-            rows.push(Prepared { scheduled: scheduled.clone(), plan, logits, state: choice.state.clone() });
+            let request = &choice.live.request;
+            rows.push(Prepared {
+                scheduled: scheduled.clone(),
+                plan: std::sync::Arc::clone(&request.plan),
+                images: std::sync::Arc::clone(&request.images),
+                logits,
+                state: choice.state.clone(),
+            });
         }
         rows
     }
@@ -109,6 +117,7 @@ impl Engine {
             batch.rows.push(StepRow {
                 tokens: &tokens[first_pos..first_pos + num_tokens],
                 first_pos,
+                images: &row.images,
                 kv_len,
                 block_tables,
                 logits: row.logits,

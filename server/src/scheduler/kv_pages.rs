@@ -4,6 +4,8 @@
 //! a count of the sequences that refer to it. Pages are counted by (sequence, layer): how many a layer
 //! needs is asked of [`KvDemand`], so that a plan that skips a layer or drops tokens holds less.
 
+use std::borrow::Cow;
+
 use model_zoo::compression::KvDemand;
 use model_zoo::compression::think::SealMoves;
 use model_zoo::kv_cache::PageId;
@@ -31,6 +33,16 @@ pub(super) struct PrefixHit {
     pub(super) num_tokens: usize,
     /// Pages of those blocks that count as available until the hit is taken.
     pub(super) num_idle_pages: usize,
+}
+
+/// A block that a sequence looks for or is about to publish.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct NextBlock<'a> {
+    parent: Parent,
+    /// What its KV depends on besides its parent.
+    key: Cow<'a, [u32]>,
+    /// Token of the sequence at which it ends.
+    end: usize,
 }
 
 impl KvPages {
@@ -144,33 +156,33 @@ impl KvPages {
         if !seq.reads_cache() {
             return hit;
         }
-        while let Some((parent, tokens)) = self.next_block(seq, &hit) {
-            let Some(block) = self.cache.child(parent, tokens) else { break };
+        while let Some(NextBlock { parent, key, end }) = self.next_block(seq, &hit) {
+            let Some(block) = self.cache.child(parent, &key) else { break };
             if self.cache.is_idle(block) {
                 hit.num_idle_pages += self.cache.pages(block).len();
             }
-            hit.num_tokens += tokens.len();
+            hit.num_tokens = end;
             hit.blocks.push(block);
         }
         hit
     }
 
-    /// The block that `seq` could have found after `hit`, had it been there: its parent and tokens.
-    pub(super) fn next_block<'a>(&self, seq: &'a Sequence, hit: &PrefixHit) -> Option<(Parent, &'a [u32])> {
+    /// The block that `seq` could have found after `hit`, had it been there.
+    pub(super) fn next_block<'a>(&self, seq: &'a Sequence, hit: &PrefixHit) -> Option<NextBlock<'a>> {
         let parent = hit.blocks.last().map_or(Parent::Root(seq.cache_key()), |&id| Parent::Block(id));
         let known = seq.reusable(seq.tokens.len() - 1);
         let end = self.next_border(&seq.spec.demand, hit.num_tokens, known)?;
-        Some((parent, &seq.tokens[hit.num_tokens..end]))
+        Some(NextBlock { parent, key: seq.block_key(hit.num_tokens..end), end })
     }
 
     /// The block that a running `seq` is going to publish next, if its tokens are known already.
-    pub(super) fn unpublished_block<'a>(&self, seq: &'a Sequence) -> Option<(Parent, &'a [u32])> {
+    pub(super) fn unpublished_block<'a>(&self, seq: &'a Sequence) -> Option<NextBlock<'a>> {
         if seq.sealed {
             return None;
         }
         let start = seq.shared.num_tokens;
         let end = self.next_border(&seq.spec.demand, start, seq.shareable(seq.tokens.len()))?;
-        Some((seq.chain_end(), &seq.tokens[start..end]))
+        Some(NextBlock { parent: seq.chain_end(), key: seq.block_key(start..end), end })
     }
 
     /// Gives `seq`, which holds no page, the blocks of `hit` as its computed prefix.
@@ -201,15 +213,15 @@ impl KvPages {
 
     fn publish_block(&mut self, seq: &mut Sequence, end: usize) {
         let start = seq.shared.num_tokens;
-        let (parent, tokens) = (seq.chain_end(), &seq.tokens[start..end]);
+        let (parent, key) = (seq.chain_end(), seq.block_key(start..end));
         let own = self.block_pages(seq, start, end);
-        let block = match self.cache.child(parent, tokens) {
+        let block = match self.cache.child(parent, &key) {
             Some(block) => {
                 self.cache.acquire(block);
                 self.exchange(seq, start, block);
                 block
             }
-            None => self.cache.insert(parent, tokens, own),
+            None => self.cache.insert(parent, &key, own),
         };
         seq.shared.blocks.push(block);
         seq.shared.num_tokens = end;

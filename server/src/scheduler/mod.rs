@@ -75,6 +75,8 @@ pub struct SequenceSpec {
     pub group: u64,
     /// Prompt tokens.
     pub prompt: Arc<[u32]>,
+    /// Images in the prompt, in order, none over another.
+    pub images: Arc<[ImageSpan]>,
     /// Tokens to generate at most.
     pub max_tokens: usize,
     /// KV slots that its plan fills.
@@ -87,6 +89,17 @@ pub struct SequenceSpec {
     /// Keep the prefix cache from answering, so that every prompt position is computed (prompt logprobs).
     /// Of `n` choices one is enough: the others share its prompt.
     pub bypass_prefix_cache: bool,
+}
+
+/// Prompt tokens that stand for an image: their KV depends on the image, not on their ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageSpan {
+    /// Index in the prompt of its first token.
+    pub start: usize,
+    /// Its tokens.
+    pub num_tokens: usize,
+    /// Digest of the image and of how it was encoded: equal digests mean equal embeddings.
+    pub digest: [u32; 8],
 }
 
 /// One sequence's part in the next step.

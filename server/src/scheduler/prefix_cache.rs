@@ -2,7 +2,8 @@
 //!
 //! A block is the KV of a run of tokens after a given parent block, one or more pages for each layer that
 //! holds slots. Chains begin at a [`CacheKey`]. Children are found by comparing their tokens, not a digest
-//! of them: two different prefixes can never be taken for one another. (vLLM's chained block hashes find
+//! of them: two different prefixes can never be taken for one another. (Images are the exception: they
+//! count by their SHA-256.) (vLLM's chained block hashes find
 //! the same blocks; SGLang's radix tree is this forest with edges of any length.)
 //!
 //! Invariants: whoever refers to a block refers to its parent; a block without references is idle and may

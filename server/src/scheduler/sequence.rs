@@ -1,13 +1,14 @@
 //! A sequence as the scheduler sees it: its tokens, how far they are computed, and its pages. Plain
 //! data; every change of state is made by the scheduler and by [`super::kv_pages`].
 
+use std::borrow::Cow;
 use std::collections::HashMap;
-use std::ops::{Index, IndexMut};
+use std::ops::{Index, IndexMut, Range};
 
 use model_zoo::kv_cache::PageId;
 
 use super::prefix_cache::{BlockId, CacheKey, Parent};
-use super::{ScheduledSeq, SeqId, SequenceSpec};
+use super::{ImageSpan, ScheduledSeq, SeqId, SequenceSpec};
 
 /// One choice of one request, waiting or running.
 #[derive(Debug)]
@@ -138,6 +139,20 @@ impl Sequence {
     /// Where in the prefix cache the chain of this sequence begins.
     pub(super) fn cache_key(&self) -> CacheKey {
         CacheKey { plan_key: self.spec.plan_key, salt: self.spec.cache_salt }
+    }
+
+    /// What the KV of its tokens `range` depends on, besides what comes before: the tokens, and the digests
+    /// of images among them. A digest's words have their highest bit set, which no token's id has.
+    pub(super) fn block_key(&self, range: Range<usize>) -> Cow<'_, [u32]> {
+        let tokens = &self.tokens[range.clone()];
+        let overlaps =
+            |image: &&ImageSpan| image.start < range.end && range.start < image.start + image.num_tokens;
+        let mut images = self.spec.images.iter().filter(overlaps).peekable();
+        if images.peek().is_none() {
+            return Cow::Borrowed(tokens);
+        }
+        let digests = images.flat_map(|image| image.digest.map(|word| word | 1 << 31));
+        Cow::Owned(tokens.iter().copied().chain(digests).collect())
     }
 
     /// The cached block after which its next one comes.

@@ -157,7 +157,13 @@ impl CpuDecoder {
             if row.tokens.is_empty() {
                 return fail("no tokens".into());
             }
-            if let Some(token) = row.tokens.iter().find(|&&t| t as usize >= self.config.vocab_size) {
+            if row.images.iter().any(|image| image.embeddings.hidden_size() != self.config.hidden_size) {
+                return fail("the embeddings of an image are not as wide as this model".into());
+            }
+            let unknown = |&(index, &token): &(usize, &u32)| {
+                token as usize >= self.config.vocab_size && row.image_row(index).is_none()
+            };
+            if let Some((_, token)) = row.tokens.iter().enumerate().find(unknown) {
                 return fail(format!("token {token} is outside the vocabulary"));
             }
             if row.kv_len.len() != layers || row.block_tables.len() != layers {
@@ -183,13 +189,20 @@ impl CpuDecoder {
         Ok(())
     }
 
-    /// Fills `x` with the scaled embeddings and the rotary tables with the step's positions.
+    /// Fills `x` with the scaled embeddings, images' as they are, and the rotary tables with the step's
+    /// positions.
     fn embed(&mut self, batch: &StepBatch<'_>, route: &Route, x: &mut Vec<f32>) {
         let width = self.config.hidden_size;
         x.resize(batch.num_tokens() * width, 0.0);
         let rows = || route.order().iter().map(|&row| &batch.rows[row]);
-        let tokens = rows().flat_map(|row| row.tokens);
-        for (&token, out) in tokens.zip(x.chunks_exact_mut(width)) {
+        let tokens = rows().flat_map(|row| {
+            row.tokens.iter().enumerate().map(move |(index, &token)| (token, row.image_row(index)))
+        });
+        for ((token, image), out) in tokens.zip(x.chunks_exact_mut(width)) {
+            if let Some(image) = image {
+                out.copy_from_slice(image);
+                continue;
+            }
             self.weights.embedding.row(&self.cpu, token as usize, out);
             if self.config.embedding_scale != 1.0 {
                 out.iter_mut().for_each(|v| *v *= self.config.embedding_scale);

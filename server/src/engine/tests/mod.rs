@@ -4,6 +4,7 @@
 mod batching;
 mod cancel;
 mod failures;
+mod images;
 
 use std::sync::Arc;
 
@@ -143,6 +144,7 @@ fn request(prompt: &str) -> GenerateRequest {
     GenerateRequest {
         id: prompt.to_owned(),
         prompt: prompt.bytes().map(u32::from).collect(),
+        images: Arc::default(),
         sampling: Arc::new(SamplingParams { temperature: 0.0, seed: Some(7), ..SamplingParams::default() }),
         max_tokens: 24,
         n: 1,

@@ -1,6 +1,8 @@
 //! Random traces on tiny pools. [`Simulation`] checks every plan and every page on the way; here every
 //! accepted sequence must end and every page come back.
 
+use std::sync::Arc;
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -134,6 +136,7 @@ impl Run {
                 id: SeqId(self.next_id),
                 group: self.next_group,
                 prompt: prompt.as_slice().into(),
+                images: Arc::default(),
                 max_tokens: request.max_tokens,
                 demand: demand(self.num_layers, prompt.len(), request),
                 plan_key: PlanKey(request.plan_key),

@@ -1,5 +1,7 @@
 //! What pruned keys win: pages, and with them places in the batch.
 
+use std::sync::Arc;
+
 use model_zoo::compression::options::Think;
 use model_zoo::compression::{CompressionOptions, Context, KvDemand, Offer, PlanKey, registry};
 
@@ -39,6 +41,7 @@ fn most_at_once(demand: &KvDemand) -> usize {
             group: id,
             // Prompts of different texts share nothing.
             prompt: (0..PROMPT as u32).map(|i| i * 41 + id as u32).collect(),
+            images: Arc::default(),
             max_tokens: OUTPUT,
             demand: demand.clone(),
             plan_key: PlanKey(0),

@@ -110,6 +110,7 @@ impl Runner {
             id: self.id(name),
             group: group.bytes().fold(0, |hash, byte| hash * 256 + u64::from(byte)),
             prompt,
+            images: Arc::default(),
             max_tokens: number(command, "max").unwrap_or(1),
             demand: KvDemand::dense(self.num_layers),
             plan_key: PlanKey(number(command, "plan").unwrap_or(0) as u64),
