@@ -36,6 +36,9 @@ pub enum ZooError {
     /// A prompt or chat could not be rendered or encoded.
     #[error("{0}")]
     Tokenize(String),
+    /// An image cannot be shown to the model.
+    #[error("{0}")]
+    Image(String),
     /// A step was given inputs that break the contract of [`crate::models::CausalLm::forward`].
     #[error("invalid step: {0}")]
     Step(String),

@@ -10,10 +10,17 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::config::DecoderConfig;
+use crate::config::json::JsonObject;
+use crate::config::llava::LlavaConfig;
 use crate::models::CausalLm;
 use crate::models::decoder::CpuDecoder;
+use crate::vision::Vision;
+use crate::vision::clip::ClipEncoder;
+use crate::vision::processor::ImageProcessor;
 use crate::weights::WeightSource;
 use crate::weights::gguf::{GgufFile, Metadata};
+use crate::weights::merged::Merged;
+use crate::weights::renamed::Renamed;
 use crate::weights::safetensors::SafetensorsCheckpoint;
 use crate::{Result, ZooError};
 
@@ -22,12 +29,14 @@ use crate::{Result, ZooError};
 pub struct LoadOptions {
     /// Threads that share each matrix product.
     pub threads: NonZeroUsize,
+    /// The file of the model that the decoder of a folder is based on, where [`base_of`] names one.
+    pub base: Option<PathBuf>,
 }
 
 impl Default for LoadOptions {
     /// As many threads as the machine runs at once.
     fn default() -> Self {
-        Self { threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN) }
+        Self { threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN), base: None }
     }
 }
 
@@ -37,6 +46,8 @@ pub struct LoadedModel {
     pub model: Box<dyn CausalLm>,
     /// The tokenizer's source.
     pub tokenizer: TokenizerSource,
+    /// What it needs to see images, if it can.
+    pub vision: Option<Vision>,
 }
 
 /// Where a model's tokenizer and chat template are.
@@ -62,14 +73,87 @@ fn load_gguf(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     let file = GgufFile::open(path)?;
     let config = DecoderConfig::from_gguf(&file)?;
     let model = build(config, &file, options)?;
-    Ok(LoadedModel { model, tokenizer: TokenizerSource::Gguf(file.into_metadata()) })
+    Ok(LoadedModel { model, tokenizer: TokenizerSource::Gguf(file.into_metadata()), vision: None })
 }
 
 fn load_folder(folder: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    let config = DecoderConfig::from_hf(&folder.join("config.json"))?;
+    let config_path = folder.join("config.json");
+    if LlavaConfig::is_llava(&config_path)? {
+        return load_llava(folder, options);
+    }
+    let config = DecoderConfig::from_hf(&config_path)?;
     let checkpoint = SafetensorsCheckpoint::open(folder)?;
     let model = build(config, &checkpoint, options)?;
-    Ok(LoadedModel { model, tokenizer: TokenizerSource::Folder(folder.to_owned()) })
+    Ok(LoadedModel { model, tokenizer: TokenizerSource::Folder(folder.to_owned()), vision: None })
+}
+
+/// A model whose decoder is another one of the catalogue with an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// The other one's name.
+    pub model: String,
+    /// SHA-256 of its file, in hex.
+    pub sha256: Option<String>,
+}
+
+/// What the decoder of the model at `path` is based on, if it is.
+///
+/// # Errors
+/// [`ZooError::Io`] and [`ZooError::Format`] about a folder's `config.json`.
+pub fn base_of(path: &Path) -> Result<Option<Base>> {
+    let config = path.join("config.json");
+    if !path.is_dir() || !config.exists() {
+        return Ok(None);
+    }
+    let Some(base) = JsonObject::read(&config)?.object("base")? else { return Ok(None) };
+    Ok(Some(Base { model: base.require("model")?, sha256: base.get("sha256")? }))
+}
+
+fn load_llava(folder: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    if let Some(base) = base_of(folder)? {
+        let Some(path) = &options.base else {
+            let model = base.model;
+            return Err(ZooError::format(folder, format!("is based on {model:?}, whose file was not given")));
+        };
+        return load_llava_over(folder, path, options);
+    }
+    let config = LlavaConfig::from_hf(&folder.join("config.json"), true)?;
+    let checkpoint = SafetensorsCheckpoint::open(folder)?;
+    let weights = Renamed::llava(&checkpoint);
+    let Some(text) = config.text.clone() else {
+        return Err(ZooError::format(folder, "config.json has no text_config"));
+    };
+    let vision = vision(folder, (&config, text.hidden_size), &weights, options)?;
+    let model = build(text, &weights, options)?;
+    Ok(LoadedModel { model, tokenizer: TokenizerSource::Folder(folder.to_owned()), vision: Some(vision) })
+}
+
+/// A LLaVA model whose decoder is the GGUF file at `base` with the folder's adapter.
+fn load_llava_over(folder: &Path, base: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    let config = LlavaConfig::from_hf(&folder.join("config.json"), false)?;
+    let file = GgufFile::open(base)?;
+    let text = DecoderConfig::from_gguf(&file)?;
+    let checkpoint = SafetensorsCheckpoint::open(folder)?;
+    let vision = vision(folder, (&config, text.hidden_size), &Renamed::llava(&checkpoint), options)?;
+    let model = build(text.clone(), &Merged::open(folder, &file, &text)?, options)?;
+    let tokenizer = TokenizerSource::Gguf(file.into_metadata());
+    Ok(LoadedModel { model, tokenizer, vision: Some(vision) })
+}
+
+/// The image side of a LLaVA model. It runs beside the decoder, so it gets half of the threads.
+fn vision(
+    folder: &Path,
+    (config, hidden_size): (&LlavaConfig, usize),
+    weights: &dyn WeightSource,
+    options: &LoadOptions,
+) -> Result<Vision> {
+    let threads = options.threads.get().div_ceil(2);
+    let encoder = ClipEncoder::load(config, weights, (hidden_size, threads))?;
+    Ok(Vision {
+        processor: ImageProcessor::from_folder(folder, config.vision.image_size)?,
+        encoder: Box::new(encoder),
+        image_token: config.image_token,
+    })
 }
 
 fn build(

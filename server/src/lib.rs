@@ -13,6 +13,7 @@ pub mod engine;
 pub mod error;
 pub mod grpc;
 pub mod http;
+pub mod images;
 pub mod request;
 pub mod run;
 pub mod scheduler;

@@ -45,11 +45,23 @@ pub enum Prompt {
     Chat(Box<ChatPrompt>),
 }
 
+/// An image as a client sends it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageSource {
+    /// A `data:`, `http:` or `https:` URL.
+    Url(String),
+    /// A PNG, JPEG or WebP file.
+    Bytes(Vec<u8>),
+}
+
 /// A chat to render with the model's template.
 #[derive(Debug, Clone, Default)]
 pub struct ChatPrompt {
-    /// The messages, as JSON objects with at least `role` and `content`, as templates expect them.
+    /// The messages, as JSON objects with at least `role` and `content`, as templates expect them. Those that
+    /// show images have a list of parts as content: `{"type": "image"}` and `{"type": "text", "text": …}`.
     pub messages: Vec<serde_json::Value>,
+    /// The images of the messages' parts, in order.
+    pub images: Vec<ImageSource>,
     /// Tool definitions passed through to the template.
     pub tools: Vec<serde_json::Value>,
     /// Further template variables (`chat_template_kwargs`), already limited in size by admission.

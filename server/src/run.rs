@@ -134,7 +134,8 @@ fn start_service(
     let served = ServedModel {
         model: model.name.clone(),
         architecture: dims.architecture.clone(),
-        weight_bytes: dims.weight_bytes,
+        weight_bytes: dims.weight_bytes
+            + model.loaded.vision.as_ref().map_or(0, |v| v.encoder.weight_bytes()),
         block_size: scheduler.block_size,
         num_pages: scheduler.num_pages,
         kv_pool_bytes: scheduler.num_pages * dims.kv_layout(scheduler.block_size).page_bytes(),
@@ -144,10 +145,12 @@ fn start_service(
     let info = ModelInfo { name: model.name, created, dims, max_model_len, offer: model.offer };
     let service = Service::start(ServiceParts {
         model: model.loaded.model,
+        vision: model.loaded.vision,
         tokenizer: Arc::new(model.tokenizer),
         info,
         scheduler,
         limits: config.limits.clone(),
+        images: config.images.clone(),
         metrics: Arc::clone(&metrics),
     })?;
     Ok((service, metrics))

@@ -8,10 +8,12 @@ use std::time::Duration;
 use model_zoo::compression::{Offer, Plan};
 use model_zoo::models::{CausalLm, ModelDims};
 use model_zoo::tokenizer::Tokenizer;
+use model_zoo::vision::Vision;
 
 use crate::admission::{Admission, Limits};
 use crate::engine::{self, EngineHandle, EngineParts, TokenStream};
 use crate::error::{Error, ErrorKind};
+use crate::images::{ImageLimits, Images};
 use crate::request::RawRequest;
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
@@ -65,6 +67,8 @@ pub struct Admitted {
 pub struct ServiceParts {
     /// The loaded model.
     pub model: Box<dyn CausalLm>,
+    /// What it needs to see, if it can.
+    pub vision: Option<Vision>,
     /// Its tokenizer.
     pub tokenizer: Arc<Tokenizer>,
     /// What clients may know of it.
@@ -73,6 +77,8 @@ pub struct ServiceParts {
     pub scheduler: SchedulerConfig,
     /// Limits of requests.
     pub limits: Limits,
+    /// Limits of images.
+    pub images: ImageLimits,
     /// Where everything reports.
     pub metrics: Arc<Metrics>,
 }
@@ -94,9 +100,10 @@ impl Service {
     /// # Errors
     /// When the operating system refuses a thread.
     pub fn start(parts: ServiceParts) -> std::io::Result<Self> {
-        let ServiceParts { model, tokenizer, info, scheduler, limits, metrics } = parts;
+        let ServiceParts { model, vision, tokenizer, info, scheduler, limits, images, metrics } = parts;
         let info = Arc::new(info);
-        let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), limits);
+        let images = Images::new(vision, images, Arc::clone(&metrics));
+        let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits);
         let parts = EngineParts { model, tokenizer: Arc::clone(&tokenizer), scheduler, metrics };
         let (engine, thread) = engine::start(parts)?;
         Ok(Self {

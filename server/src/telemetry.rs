@@ -7,6 +7,7 @@
 //!
 //! [`Metrics`] is made once a server and passed down; there is no global recorder.
 
+pub mod images;
 mod instruments;
 pub mod logs;
 mod samples;
@@ -15,6 +16,7 @@ mod tests;
 
 use std::time::Duration;
 
+use images::ImageMetrics;
 use instruments::{Definition, Instruments, Paired};
 use metrics::{Counter, Gauge, Histogram, Label, Unit};
 use model_zoo::compression::options::METHODS;
@@ -273,6 +275,8 @@ pub enum MetricsCompat {
 /// Handles of every metric of one server. Recording is lock-free except for the front ends' counters.
 #[derive(Debug)]
 pub struct Metrics {
+    /// Images in prompts.
+    pub images: ImageMetrics,
     instruments: Instruments,
     queue: Paired<Histogram>,
     ttft: Paired<Histogram>,
@@ -314,7 +318,8 @@ impl Metrics {
     /// Registers every metric at zero.
     pub fn new(served: &ServedModel, compat: MetricsCompat) -> Self {
         let vllm_model = (compat == MetricsCompat::Vllm).then_some(served.model.as_str());
-        let instruments = Instruments::new(DEFINITIONS, vllm_model);
+        let definitions = [DEFINITIONS, images::DEFINITIONS].concat();
+        let instruments = Instruments::new(&definitions, vllm_model);
         let histogram = |def| instruments.histogram(def, Vec::new());
         let counter = |def| instruments.counter(def, Vec::new(), Vec::new());
         let gauge = |def| instruments.gauge(def, Vec::new(), Vec::new());
@@ -357,6 +362,7 @@ impl Metrics {
             kv_pages: ["used", "cached", "free"]
                 .map(|s| instruments.gauge(&KV_PAGES, label("state", s), Vec::new())),
             kv_usage: gauge(&KV_USAGE),
+            images: ImageMetrics::new(&instruments),
             instruments,
         }
     }

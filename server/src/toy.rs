@@ -17,6 +17,7 @@ use model_zoo::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::admission::Limits;
+use crate::images::ImageLimits;
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
@@ -85,6 +86,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
     let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
     let parts = ServiceParts {
         model: Box::new(ToyModel { dims, next: Vec::new(), logits: Vec::new() }),
+        vision: None,
         tokenizer: Arc::new(tokenizer()),
         info,
         scheduler: SchedulerConfig {
@@ -95,6 +97,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
             prefix_caching: true,
         },
         limits: Limits::default(),
+        images: ImageLimits::default(),
         metrics: Arc::clone(&metrics),
     };
     (Service::start(parts).expect("a thread can be started"), metrics)

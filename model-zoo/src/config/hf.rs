@@ -26,10 +26,14 @@ impl DecoderConfig {
     /// wrong type or contradicts another, [`ZooError::Unsupported`] when it asks for an architecture or a
     /// feature that is not implemented.
     pub fn from_hf(path: &Path) -> Result<Self> {
-        let json = JsonObject::read(path)?;
-        let architecture = architecture(&json)?;
-        refuse_unsupported(&json)?;
-        let config = assemble(&json, architecture)?;
+        Self::from_object(&JsonObject::read(path)?, path)
+    }
+
+    /// Reads the decoder's object in the `config.json` at `path`.
+    pub(super) fn from_object(json: &JsonObject, path: &Path) -> Result<Self> {
+        let architecture = architecture(json)?;
+        refuse_unsupported(json)?;
+        let config = assemble(json, architecture)?;
         config.validate(path)?;
         Ok(config)
     }

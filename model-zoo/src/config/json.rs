@@ -13,7 +13,7 @@ const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// An object in a JSON file, with the keys that lead to it.
 #[derive(Debug)]
-pub(super) struct JsonObject {
+pub(crate) struct JsonObject {
     path: PathBuf,
     /// `rope_scaling.`, or nothing at the top.
     prefix: String,
@@ -22,7 +22,7 @@ pub(super) struct JsonObject {
 
 impl JsonObject {
     /// The top-level object of a file.
-    pub(super) fn read(path: &Path) -> Result<Self> {
+    pub(crate) fn read(path: &Path) -> Result<Self> {
         let file = WeightFile::open(path)?;
         if file.len() > MAX_CONFIG_BYTES {
             return Err(file.malformed(format!("is larger than {MAX_CONFIG_BYTES} bytes")));
@@ -33,17 +33,17 @@ impl JsonObject {
     }
 
     /// The file.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Whether the key is there, be it with null.
-    pub(super) fn has(&self, key: &str) -> bool {
+    pub(crate) fn has(&self, key: &str) -> bool {
         self.entries.contains_key(key)
     }
 
     /// The value of `key`; `None` when it is missing or null.
-    pub(super) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+    pub(crate) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
         match self.entries.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => {
@@ -53,12 +53,12 @@ impl JsonObject {
     }
 
     /// The value of `key`, which must be there.
-    pub(super) fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
+    pub(crate) fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
         self.get(key)?.ok_or_else(|| self.malformed(&format!("{key} is missing")))
     }
 
     /// The object at `key`; `None` when it is missing or null.
-    pub(super) fn object(&self, key: &str) -> Result<Option<Self>> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>> {
         let entries = self.get(key)?;
         Ok(entries.map(|entries| Self {
             path: self.path.clone(),
@@ -67,13 +67,20 @@ impl JsonObject {
         }))
     }
 
+    /// Gives `key` a value where it has none.
+    pub(crate) fn set_default(&mut self, key: &str, value: Value) {
+        if self.entries.get(key).is_none_or(Value::is_null) {
+            self.entries.insert(key.to_owned(), value);
+        }
+    }
+
     /// An error about a value of this object.
-    pub(super) fn malformed(&self, reason: &str) -> ZooError {
+    pub(crate) fn malformed(&self, reason: &str) -> ZooError {
         ZooError::format(&self.path, format!("{}{reason}", self.prefix))
     }
 
     /// A feature that `key` asks for and no decoder here has.
-    pub(super) fn unsupported(&self, key: &str, what: &str) -> ZooError {
+    pub(crate) fn unsupported(&self, key: &str, what: &str) -> ZooError {
         let file = self.path.display();
         ZooError::Unsupported(format!("{file}: {}{key} asks for {what}", self.prefix))
     }

@@ -3,7 +3,8 @@
 mod gguf;
 mod hf;
 mod hf_rope;
-mod json;
+pub(crate) mod json;
+pub mod llava;
 mod validate;
 
 /// Everything that distinguishes the decoders of the Llama family (Llama 1–3, SmolLM2, Mistral,

@@ -161,7 +161,11 @@ fn check_len(tensor: &RawTensor<'_>, expected: usize) -> Result<()> {
     Err(ZooError::Unsupported(format!("a tensor of shape {shape:?} has {len} bytes, not {expected}")))
 }
 
-fn dense(tensor: &RawTensor<'_>) -> Result<Values> {
+/// A tensor's values in the precision of its file.
+///
+/// # Errors
+/// [`ZooError::Unsupported`] when it is quantized or its length is wrong.
+pub(crate) fn dense(tensor: &RawTensor<'_>) -> Result<Values> {
     let count: usize = tensor.shape.iter().product();
     let halves = || tensor.data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
     match tensor.dtype {

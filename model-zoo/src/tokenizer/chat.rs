@@ -3,6 +3,7 @@
 //! A template comes with the model or from the operator, its variables from clients. It sees no files and
 //! no environment; what it computes, how deep it recurses and how much it writes is bounded.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 
 use minijinja::value::{Kwargs, Value};
@@ -32,6 +33,8 @@ pub struct ChatInput {
     pub template_args: Map<String, serde_json::Value>,
     /// Open an assistant turn at the end.
     pub add_generation_prompt: bool,
+    /// What stands for an image in a text, if the model sees.
+    pub image_marker: Option<String>,
 }
 
 /// A compiled template.
@@ -68,6 +71,11 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// Whether the template itself handles content that is a list of parts.
+    fn takes_parts(&self) -> bool {
+        self.source.contains("image")
+    }
+
     /// The prompt of a chat.
     ///
     /// # Errors
@@ -76,8 +84,10 @@ impl ChatTemplate {
         if let Some(name) = RESERVED.iter().find(|name| input.template_args.contains_key(**name)) {
             return Err(ZooError::Tokenize(format!("chat_template_kwargs must not set `{name}`")));
         }
+        let messages =
+            if self.takes_parts() { Cow::Borrowed(&input.messages) } else { Cow::Owned(flat(input)) };
         let fixed = context! {
-            messages => input.messages,
+            messages => messages,
             tools => if input.tools.is_empty() { Value::from(()) } else { Value::from_serialize(&input.tools) },
             documents => Value::from(()),
             add_generation_prompt => input.add_generation_prompt,
@@ -92,6 +102,25 @@ impl ChatTemplate {
             .map_err(|e| refusal(&e))?;
         String::from_utf8(out.0).map_err(|e| ZooError::Tokenize(e.to_string()))
     }
+}
+
+/// The messages with content of parts as one text, an image's marker and a part of text a line each: what
+/// LLaVA's own templates make of them.
+fn flat(input: &ChatInput) -> Vec<serde_json::Value> {
+    let marker = input.image_marker.as_deref().unwrap_or_default();
+    let line = |part: &serde_json::Value| {
+        let text = part.get("text").and_then(serde_json::Value::as_str);
+        text.unwrap_or(marker).to_owned()
+    };
+    let mut messages = input.messages.clone();
+    for message in &mut messages {
+        if let Some(content) = message.get_mut("content")
+            && let Some(parts) = content.as_array()
+        {
+            *content = parts.iter().map(line).collect::<Vec<_>>().join("\n").into();
+        }
+    }
+    messages
 }
 
 fn refusal(error: &Error) -> ZooError {

@@ -3,6 +3,8 @@
 pub mod blocks;
 pub(crate) mod file;
 pub mod gguf;
+pub mod merged;
+pub mod renamed;
 pub mod safetensors;
 
 use std::borrow::Cow;

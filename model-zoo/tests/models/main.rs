@@ -7,6 +7,7 @@ mod calibration;
 mod compression;
 mod configs;
 mod download;
+mod llava;
 mod logits;
 mod refusals;
 mod smollm2;

@@ -8,6 +8,7 @@ use model_zoo::kv_cache::{KvCache, PageId};
 use model_zoo::loader::{LoadOptions, load};
 use model_zoo::models::CausalLm;
 use model_zoo::step::{LogitRows, StepBatch, StepRow};
+use model_zoo::vision::PromptImage;
 
 /// The folder of tiny models and their expected logits.
 pub(crate) fn fixtures() -> PathBuf {
@@ -44,6 +45,7 @@ pub(crate) struct Sequence {
     pub(crate) len: usize,
     pub(crate) plan: Plan,
     pub(crate) state: RowState,
+    pub(crate) images: Vec<PromptImage>,
 }
 
 /// One sequence's part in a step of [`Runner::step`].
@@ -81,7 +83,7 @@ impl Runner {
         let mut pages = |slots: usize| self.free.split_off(self.free.len() - slots.div_ceil(BLOCK_SIZE));
         let block_tables =
             (0..plan.num_layers()).map(|layer| pages(demand.kv_len(layer, capacity))).collect();
-        Sequence { block_tables, len: 0, plan, state: RowState::default() }
+        Sequence { block_tables, len: 0, plan, state: RowState::default(), images: Vec::new() }
     }
 
     /// Runs one step; returns its logits, row after row.
@@ -96,7 +98,7 @@ impl Runner {
         let rows = chunks.iter_mut().zip(&lens).map(|(chunk, lens)| StepRow {
             tokens: chunk.tokens,
             first_pos: chunk.sequence.len,
-            images: &[],
+            images: &chunk.sequence.images,
             kv_len: lens,
             block_tables: &chunk.sequence.block_tables,
             logits: chunk.logits,

@@ -17,7 +17,8 @@ use model_zoo::tokenizer::Tokenizer;
 
 use crate::engine::Guard;
 use crate::error::{Error, ErrorKind};
-use crate::request::{GenerateRequest, Prompt, RawRequest};
+use crate::images::Images;
+use crate::request::{GenerateRequest, ImageSource, Prompt, RawRequest};
 use crate::service::ModelInfo;
 
 /// Tokens of a text completion whose request names no limit: OpenAI's default.
@@ -29,14 +30,16 @@ pub struct Admission {
     model: Arc<ModelInfo>,
     limits: Limits,
     prompts: prompt::PromptEncoder,
+    images: Images,
     live: LiveRequests,
 }
 
 impl Admission {
-    /// Admission for `model`, within `limits`.
-    pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, limits: Limits) -> Self {
+    /// Admission for `model`, which sees `images` or does not, within `limits`.
+    pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, images: Images, limits: Limits) -> Self {
         let live = LiveRequests::new(limits.max_concurrent_requests);
-        Self { model, prompts: prompt::PromptEncoder::new(tokenizer), limits, live }
+        let prompts = prompt::PromptEncoder::new(tokenizer, images.token());
+        Self { model, prompts, images, limits, live }
     }
 
     /// The requests that are live now.
@@ -56,7 +59,10 @@ impl Admission {
         validate::prompt_size(&raw.prompt, &self.limits)?;
         let guard = self.live.enter(&raw.id)?;
         let is_chat = matches!(raw.prompt, Prompt::Chat(_));
-        let prompt = self.prompts.encode(raw.prompt, raw.add_special_tokens).await?;
+        let mut prompt = raw.prompt;
+        let shown = self.images.embed(take_images(&mut prompt)).await?;
+        let prompt = self.prompts.encode(prompt, raw.add_special_tokens).await?;
+        let (prompt, images) = self.images.place(prompt, &shown.embeddings)?;
         validate::tokens(&prompt, &self.model)?;
         let room = self.model.max_model_len - prompt.len();
         let default = if is_chat { room } else { room.min(DEFAULT_COMPLETION_TOKENS) };
@@ -74,7 +80,7 @@ impl Admission {
         let request = GenerateRequest {
             id: guard.id().to_owned(),
             prompt: prompt.into(),
-            images: Arc::default(),
+            images,
             sampling: Arc::new(sampling),
             max_tokens,
             n,
@@ -82,7 +88,7 @@ impl Admission {
             plan: Arc::new(plan),
             cache_salt: salt(&raw.cache_salt),
         };
-        Ok((request, Box::new(guard)))
+        Ok((request, Box::new((guard, shown.room))))
     }
 
     /// What of the model the request runs.
@@ -118,6 +124,14 @@ impl Admission {
             return Ok(());
         }
         Err(Error::new(ErrorKind::NotFound, format!("no live request has the id `{id}`")))
+    }
+}
+
+/// The images that a chat shows.
+fn take_images(prompt: &mut Prompt) -> Vec<ImageSource> {
+    match prompt {
+        Prompt::Chat(chat) => std::mem::take(&mut chat.images),
+        Prompt::Text(_) | Prompt::Tokens(_) => Vec::new(),
     }
 }
 

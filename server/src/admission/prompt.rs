@@ -6,7 +6,7 @@ use model_zoo::tokenizer::{ChatInput, Tokenizer};
 use tokio::sync::Semaphore;
 
 use crate::error::{Error, ErrorKind};
-use crate::request::{ChatPrompt, Prompt};
+use crate::request::Prompt;
 
 /// A text of this many bytes is encoded in less time than handing it to another thread takes.
 const INLINE_BYTES: usize = 1024;
@@ -17,12 +17,15 @@ const PARALLEL: usize = 4;
 #[derive(Debug)]
 pub(super) struct PromptEncoder {
     tokenizer: Arc<Tokenizer>,
+    /// Spelling of the token that stands for an image, if the model sees.
+    image_marker: Option<String>,
     turns: Semaphore,
 }
 
 impl PromptEncoder {
-    pub(super) fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { tokenizer, turns: Semaphore::new(PARALLEL) }
+    pub(super) fn new(tokenizer: Arc<Tokenizer>, image_token: Option<u32>) -> Self {
+        let image_marker = image_token.and_then(|id| tokenizer.id_to_token(id));
+        Self { tokenizer, image_marker, turns: Semaphore::new(PARALLEL) }
     }
 
     /// Token ids of `prompt`; `add_special` as in [`crate::request::RawRequest::add_special_tokens`].
@@ -37,7 +40,14 @@ impl PromptEncoder {
                     .await
             }
             Prompt::Chat(chat) => {
-                self.blocking(move |tokenizer| encode_chat(tokenizer, *chat, add_special.unwrap_or(false)))
+                let input = ChatInput {
+                    messages: chat.messages,
+                    tools: chat.tools,
+                    template_args: chat.template_args,
+                    add_generation_prompt: chat.add_generation_prompt,
+                    image_marker: self.image_marker.clone(),
+                };
+                self.blocking(move |tokenizer| encode_chat(tokenizer, &input, add_special.unwrap_or(false)))
                     .await
             }
         }
@@ -58,14 +68,7 @@ fn encode_text(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<V
     tokenizer.encode(text, add_special).map_err(|e| Error::invalid("prompt", e.to_string()))
 }
 
-fn encode_chat(tokenizer: &Tokenizer, chat: ChatPrompt, add_special: bool) -> Result<Vec<u32>, Error> {
-    let input = ChatInput {
-        messages: chat.messages,
-        tools: chat.tools,
-        template_args: chat.template_args,
-        add_generation_prompt: chat.add_generation_prompt,
-    };
-    let text =
-        tokenizer.apply_chat_template(&input).map_err(|e| Error::invalid("messages", e.to_string()))?;
+fn encode_chat(tokenizer: &Tokenizer, chat: &ChatInput, add_special: bool) -> Result<Vec<u32>, Error> {
+    let text = tokenizer.apply_chat_template(chat).map_err(|e| Error::invalid("messages", e.to_string()))?;
     tokenizer.encode(&text, add_special).map_err(|e| Error::invalid("messages", e.to_string()))
 }

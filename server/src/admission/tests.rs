@@ -2,7 +2,9 @@ use model_zoo::compression::Offer;
 use model_zoo::models::ModelDims;
 
 use super::*;
-use crate::request::SamplingParams;
+use crate::images::ImageLimits;
+use crate::request::{ChatPrompt, SamplingParams};
+use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
 
 fn admission(max_concurrent_requests: usize) -> Admission {
     let dims = ModelDims {
@@ -20,7 +22,9 @@ fn admission(max_concurrent_requests: usize) -> Admission {
     let model =
         ModelInfo { name: "toy".into(), created: 0, dims, max_model_len: 64, offer: Offer::default() };
     let limits = Limits { max_concurrent_requests, ..Limits::default() };
-    Admission::new(Arc::new(model), Arc::new(Tokenizer::toy()), limits)
+    let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
+    let images = Images::new(None, ImageLimits::default(), metrics);
+    Admission::new(Arc::new(model), Arc::new(Tokenizer::toy()), images, limits)
 }
 
 fn request() -> RawRequest {
@@ -100,8 +104,22 @@ async fn every_mistake_names_its_field() {
         );
         assert!(error.message.contains(says), "{error} does not say {says:?}");
     }
+    let chat = ChatPrompt { images: vec![ImageSource::Bytes(vec![1])], ..showing_one() };
+    let error = refused(RawRequest { prompt: Prompt::Chat(Box::new(chat)), ..request() }).await;
+    assert_eq!((error.kind, error.param.as_deref()), (ErrorKind::InvalidArgument, Some("messages")));
+    assert!(error.message.contains("does not see images"), "{error}");
     let error = refused(RawRequest { model: "other".into(), ..request() }).await;
     assert_eq!((error.kind, error.param.as_deref()), (ErrorKind::NotFound, Some("model")));
+}
+
+/// A chat whose only message shows an image.
+fn showing_one() -> ChatPrompt {
+    let parts = serde_json::json!([{"type": "image"}, {"type": "text", "text": "what is it?"}]);
+    ChatPrompt {
+        messages: vec![serde_json::json!({"role": "user", "content": parts})],
+        add_generation_prompt: true,
+        ..ChatPrompt::default()
+    }
 }
 
 #[tokio::test]

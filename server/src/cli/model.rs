@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use model_zoo::catalogue::{Catalogue, PullOptions, default_cache, pull};
-use model_zoo::loader::{LoadOptions, LoadedModel, load};
+use model_zoo::loader::{LoadOptions, LoadedModel, base_of, load};
 use model_zoo::tokenizer::Tokenizer;
 
 use super::offer;
@@ -52,13 +52,26 @@ impl ModelFlags {
         Ok(Found { name: entry.name.clone(), path, template: entry.chat_template.clone() })
     }
 
+    /// The file that the decoder at `path` is based on, pulled if need be.
+    fn base(&self, path: &Path) -> Result<Option<PathBuf>, String> {
+        let Some(base) = base_of(path).map_err(|e| e.to_string())? else { return Ok(None) };
+        let catalogue = catalogue(self.catalogue.as_deref())?;
+        let entry = catalogue.get(&base.model).map_err(|e| format!("{}: {e}", path.display()))?;
+        if base.sha256.is_some() && base.sha256 != entry.sha256 {
+            let name = &base.model;
+            return Err(format!("{}: its base is another {name} than the catalogue's", path.display()));
+        }
+        pull(entry, &pull_options(self.cache.clone())).map(Some).map_err(|e| e.to_string())
+    }
+
     /// Loads what was found.
     ///
     /// # Errors
     /// As [`ModelFlags::find`].
     pub(super) fn load(&self, found: &Found) -> Result<(LoadedModel, Tokenizer), String> {
         let begin = std::time::Instant::now();
-        let options = LoadOptions { threads: self.threads.unwrap_or(LoadOptions::default().threads) };
+        let threads = self.threads.unwrap_or(LoadOptions::default().threads);
+        let options = LoadOptions { threads, base: self.base(&found.path)? };
         let loaded = load(&found.path, &options).map_err(|e| e.to_string())?;
         let tokenizer =
             Tokenizer::load(&loaded.tokenizer, found.template.as_deref()).map_err(|e| e.to_string())?;

@@ -2,6 +2,7 @@
 //! [`Config`] is what follows from them, validated, without options.
 
 pub mod bytes;
+pub mod hosts;
 pub mod options;
 
 use std::collections::BTreeMap;
@@ -10,10 +11,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::ByteSize;
+use hosts::HostList;
 use model_zoo::compression::CompressionOptions;
-use options::Options;
+use options::{ImageOptions, Options};
 
 use crate::admission::Limits;
+use crate::images::ImageLimits;
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 
@@ -34,6 +37,8 @@ pub struct Config {
     pub engine: EngineConfig,
     /// Bounds on requests.
     pub limits: Limits,
+    /// Bounds on images, and where they may come from.
+    pub images: ImageLimits,
     /// How long running requests may go on after a stop signal.
     pub drain: Duration,
     /// A calibration artefact other than the one that is found by itself.
@@ -107,6 +112,7 @@ impl Config {
             engine,
             memory,
             limits,
+            images,
             metrics,
             log,
             compression,
@@ -147,6 +153,7 @@ impl Config {
                     .map_or(defaults.max_prompt_bytes, |size| size.bytes() as usize),
                 ..defaults
             },
+            images: image_limits(images),
             drain: Duration::from_secs(server.drain_seconds.unwrap_or(30)),
             calibration: compression.calibration,
             profiles,
@@ -180,12 +187,36 @@ impl Config {
                 self.http.address == self.grpc && self.grpc.port() != 0,
                 format!("http.address and grpc.address are both {}; they must differ", self.grpc),
             ),
+            (
+                self.images.fetch && self.images.allow_hosts.is_empty(),
+                "images.fetch is on and images.allow_hosts is empty; name the hosts that may be fetched from, or \"*\"".into(),
+            ),
+            (self.images.max_images == 0, "images.max_images must be at least 1".into()),
+            (
+                !(1..=1 << 28).contains(&self.images.max_pixels),
+                format!("images.max_pixels is {}; it must be from 1 to {}", self.images.max_pixels, 1u64 << 28),
+            ),
             (self.model.is_empty(), "model is empty; name one of the catalogue or give a path".into()),
         ];
         match rules.into_iter().find(|(broken, _)| *broken) {
             Some((_, sentence)) => Err(ConfigError(sentence)),
             None => Ok(()),
         }
+    }
+}
+
+fn image_limits(options: ImageOptions) -> ImageLimits {
+    let defaults = ImageLimits::default();
+    let size = |given: Option<ByteSize>, default| given.map_or(default, |size| size.bytes() as usize);
+    ImageLimits {
+        fetch: options.fetch.unwrap_or(defaults.fetch),
+        allow_hosts: options.allow_hosts.map_or(defaults.allow_hosts, HostList::into_hosts),
+        max_bytes: size(options.max_bytes, defaults.max_bytes),
+        max_pixels: options.max_pixels.unwrap_or(defaults.max_pixels),
+        max_images: options.max_images.unwrap_or(defaults.max_images),
+        timeout: options.timeout_seconds.map_or(defaults.timeout, Duration::from_secs),
+        cache_bytes: size(options.cache, defaults.cache_bytes),
+        live_bytes: size(options.live, defaults.live_bytes),
     }
 }
 

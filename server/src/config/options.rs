@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use model_zoo::compression::CompressionOptions;
 
 use super::bytes::ByteSize;
+use super::hosts::HostList;
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 
@@ -113,6 +114,28 @@ section! {
 }
 
 section! {
+    /// `[images]`
+    ImageOptions {
+        /// Fetch images by URL, from the hosts of images.allow_hosts [default: false]
+        fetch: bool = "images-fetch", "RHEOSTAT_IMAGES_FETCH";
+        /// Hosts to fetch from: host, host:port, *.domain, or * for every public one
+        allow_hosts: HostList = "images-allow-hosts", "RHEOSTAT_IMAGES_ALLOW_HOSTS";
+        /// Largest file of an image [default: 8MiB]
+        max_bytes: ByteSize = "images-max-bytes", "RHEOSTAT_IMAGES_MAX_BYTES";
+        /// Pixels of an image [default: 16777216]
+        max_pixels: u64 = "images-max-pixels", "RHEOSTAT_IMAGES_MAX_PIXELS";
+        /// Images of a request [default: 8]
+        max_images: usize = "images-max-images", "RHEOSTAT_IMAGES_MAX_IMAGES";
+        /// Seconds that fetching an image may take [default: 10]
+        timeout_seconds: u64 = "images-timeout-seconds", "RHEOSTAT_IMAGES_TIMEOUT_SECONDS";
+        /// Embeddings kept for images that are shown again [default: 64MiB]
+        cache: ByteSize = "images-cache", "RHEOSTAT_IMAGES_CACHE";
+        /// Embeddings that live requests hold; more wait [default: 256MiB]
+        live: ByteSize = "images-live", "RHEOSTAT_IMAGES_LIVE";
+    }
+}
+
+section! {
     /// `[metrics]`
     MetricsOptions {
         /// Repeat the core metrics under another server's names [default: vllm]
@@ -166,6 +189,9 @@ pub struct Options {
     pub limits: LimitOptions,
     #[allow(missing_docs)]
     #[command(flatten)]
+    pub images: ImageOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
     pub metrics: MetricsOptions,
     #[allow(missing_docs)]
     #[command(flatten)]
@@ -198,6 +224,7 @@ impl Options {
             engine: self.engine.over(below.engine),
             memory: self.memory.over(below.memory),
             limits: self.limits.over(below.limits),
+            images: self.images.over(below.images),
             metrics: self.metrics.over(below.metrics),
             log: self.log.over(below.log),
             compression: self.compression.over(below.compression),

@@ -74,8 +74,13 @@ fn tokenize(service: &Service, request: TokenizeRequest) -> Result<TokenizeRespo
     let encoded = match request.prompt {
         Some(Prompt::Text(text)) => tokenizer.encode(&text, request.add_special_tokens.unwrap_or(true)),
         Some(Prompt::Chat(chat)) => {
-            let ChatPrompt { messages, tools, template_args, add_generation_prompt } = chat_prompt(chat)?;
-            let input = ChatInput { messages, tools, template_args, add_generation_prompt };
+            let ChatPrompt { messages, images, tools, template_args, add_generation_prompt } =
+                chat_prompt(chat)?;
+            if !images.is_empty() {
+                return Err(Error::invalid("chat.messages", "images are not tokenized; send text alone"));
+            }
+            let input =
+                ChatInput { messages, tools, template_args, add_generation_prompt, image_marker: None };
             let special = request.add_special_tokens.unwrap_or(false);
             tokenizer.apply_chat_template(&input).and_then(|text| tokenizer.encode(&text, special))
         }

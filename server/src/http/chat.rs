@@ -32,6 +32,7 @@ pub(super) async fn create(
     let n = common.n.unwrap_or(1);
     unsupported::check_chat(&body, n)?;
     let logprobs = top_logprobs(&chat)?;
+    let (messages, images) = messages(chat.messages)?;
     let raw = RawRequest {
         id: request_id(&headers)?,
         model: common.model.take().unwrap_or_default(),
@@ -42,7 +43,8 @@ pub(super) async fn create(
         cache_salt: common.cache_salt.take().unwrap_or_default(),
         compression: common.take_compression(profile_header(&headers)),
         prompt: Prompt::Chat(Box::new(ChatPrompt {
-            messages: messages(chat.messages)?,
+            messages,
+            images,
             tools: Vec::new(),
             template_args: chat.chat_template_kwargs.unwrap_or_default(),
             add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),

@@ -73,8 +73,11 @@ fn encode(tokenizer: &Tokenizer, request: TokenizeRequest) -> Result<Vec<u32>, E
         (Some(text), None) => (text, request.add_special_tokens.unwrap_or(true), "prompt"),
         (None, Some(given)) => {
             let add_generation_prompt = request.add_generation_prompt.unwrap_or(true);
-            let input =
-                ChatInput { messages: messages(Some(given))?, add_generation_prompt, ..Default::default() };
+            let (messages, images) = messages(Some(given))?;
+            if !images.is_empty() {
+                return Err(Error::invalid("messages", "images are not tokenized; send text alone"));
+            }
+            let input = ChatInput { messages, add_generation_prompt, ..Default::default() };
             let text = tokenizer
                 .apply_chat_template(&input)
                 .map_err(|e| Error::invalid("messages", e.to_string()))?;

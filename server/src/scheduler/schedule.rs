@@ -163,7 +163,7 @@ impl Scheduler {
         }
         let Some(wanted) = self.kv.next_block(seq, hit) else { return false };
         let mut running = self.running.iter().map(|&id| &self.sequences[id]);
-        running.any(|seq| self.kv.unpublished_block(seq) == Some(wanted))
+        running.any(|seq| self.kv.unpublished_block(seq).as_ref() == Some(&wanted))
     }
 
     /// Whether the known tokens of a waiting sequence fit without soon costing another one its pages.

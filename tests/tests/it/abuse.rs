@@ -39,7 +39,7 @@ async fn bad_input_is_refused_clearly_and_costs_nobody_else_anything() {
             "/v1/chat/completions",
             r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
             400,
-            "image_url",
+            "image_url.url must be a string",
         ),
         (
             "/v1/chat/completions",

@@ -7,3 +7,4 @@ mod cancellation;
 mod clients;
 mod soak;
 mod tidy;
+mod vision;

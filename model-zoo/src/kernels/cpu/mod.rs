@@ -7,6 +7,7 @@ pub mod aligned;
 pub mod attention;
 pub mod convert;
 pub mod dense;
+pub mod gemm;
 pub mod isa;
 pub mod packed;
 pub mod pool;

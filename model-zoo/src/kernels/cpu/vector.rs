@@ -107,6 +107,61 @@ multiversion! {
 }
 
 multiversion! {
+    /// Layer normalization (arXiv 1607.06450) of one row: `out = (x − mean(x)) / √(var(x) + eps) · weight + bias`.
+    pub fn layer_norm(x: &[f32], affine: (&[f32], &[f32]), eps: f32, out: &mut [f32]) {
+        let mean = x.iter().sum::<f32>() / x.len() as f32;
+        for (o, v) in out.iter_mut().zip(x) {
+            *o = v - mean;
+        }
+        let scale = 1.0 / (sum_of_squares(out) / x.len() as f32 + eps).sqrt();
+        for ((o, w), b) in out.iter_mut().zip(affine.0).zip(affine.1) {
+            *o = *o * scale * w + b;
+        }
+    }
+}
+
+multiversion! {
+    /// `x = x · sigmoid(1.702·x)`, CLIP's approximation of GELU.
+    pub fn quick_gelu(x: &mut [f32]) {
+        for v in x {
+            *v = *v / (1.0 + exp(-1.702 * *v));
+        }
+    }
+}
+
+multiversion! {
+    /// `x = GELU(x)` (arXiv 1606.08415) by the error function, which is good to 2e-7 (Abramowitz and Stegun
+    /// 7.1.26).
+    pub fn gelu(x: &mut [f32]) {
+        for v in x {
+            let z = v.abs() * std::f32::consts::FRAC_1_SQRT_2;
+            let t = 1.0 / (1.0 + 0.327_591_1 * z);
+            let poly = t * (0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_8 + t * (-1.453_152 + t * 1.061_405_4))));
+            let tail = 0.5 * poly * exp(-z * z);
+            *v *= if *v < 0.0 { tail } else { 1.0 - tail };
+        }
+    }
+}
+
+multiversion! {
+    /// Turns a row of scores into probabilities: `x = exp(scale·x − max) / Σ`.
+    pub fn softmax(x: &mut [f32], scale: f32) {
+        let top = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut lanes = [0f32; 16];
+        for part in x.chunks_mut(16) {
+            for (v, lane) in part.iter_mut().zip(&mut lanes) {
+                *v = exp(scale * (*v - top));
+                *lane += *v;
+            }
+        }
+        let scale = 1.0 / lanes.iter().sum::<f32>();
+        for v in x {
+            *v *= scale;
+        }
+    }
+}
+
+multiversion! {
     /// Cosine of the angle between two rows; 1 where either is zero, for nothing turned.
     pub fn cosine(a: &[f32], b: &[f32]) -> f32 {
         let mut lanes = [0f32; 16];
@@ -143,6 +198,15 @@ pub fn add_bias(isa: Isa, x: &mut [f32], bias: &[f32]) {
 mod tests {
     use super::*;
 
+    /// The normal distribution's cumulative function, by Simpson's rule.
+    fn normal_cdf(x: f64) -> f64 {
+        let density = |t: f64| (-0.5 * t * t).exp() / (2.0 * std::f64::consts::PI).sqrt();
+        let h = x / 2000.0;
+        let inner: f64 =
+            (1..2000).map(|i| density(h * f64::from(i)) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+        0.5 + h / 3.0 * (density(0.0) + inner + density(x))
+    }
+
     #[test]
     fn exp_is_accurate_and_vanishes() {
         for i in -86_999..=88_000 {
@@ -173,6 +237,24 @@ mod tests {
                 close(silu[i], v / (1.0 + (-v).exp()) * u);
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (v + 0.044_715 * v.powi(3));
                 close(gelu[i], 0.5 * v * (1.0 + inner.tanh()) * u);
+            }
+            let (mut normed, mut quick, mut exact) = (vec![0f32; 77], x.clone(), x.clone());
+            layer_norm(isa, &x, (&w, &w), 1e-5, &mut normed);
+            quick_gelu(isa, &mut quick);
+            super::gelu(isa, &mut exact);
+            let mut shares = x.clone();
+            softmax(isa, &mut shares, 0.5);
+            let mu = x.iter().map(|&v| f64::from(v)).sum::<f64>() / 77.0;
+            let variance = x.iter().map(|&v| (f64::from(v) - mu).powi(2)).sum::<f64>() / 77.0;
+            let total: f64 = x.iter().map(|&v| (0.5 * f64::from(v)).exp()).sum();
+            for i in 0..77 {
+                let (v, u) = (f64::from(x[i]), f64::from(w[i]));
+                let close =
+                    |a: f32, b: f64| assert!((f64::from(a) - b).abs() < 3e-6 * (1.0 + b.abs()), "{a} {b}");
+                close(normed[i], (v - mu) / (variance + 1e-5).sqrt() * u + u);
+                close(quick[i], v / (1.0 + (-1.702 * v).exp()));
+                close(exact[i], v * normal_cdf(v));
+                close(shares[i], (0.5 * v).exp() / total);
             }
             let dot = |a: &[f32], b: &[f32]| {
                 a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()

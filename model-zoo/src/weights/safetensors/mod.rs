@@ -1,4 +1,5 @@
-//! Hugging Face checkpoints: `model.safetensors`, or shards that `model.safetensors.index.json` lists.
+//! Hugging Face checkpoints: `model.safetensors`, or shards that `model.safetensors.index.json` lists. An
+//! adapter's are called `adapter_model…`.
 //!
 //! As with GGUF, every length and place is checked when a checkpoint is opened, before memory is taken.
 //!
@@ -17,11 +18,8 @@ use super::{RawTensor, WeightSource};
 use crate::{Result, ZooError};
 use header::TensorEntry;
 
-/// The name of a checkpoint in one file.
-const SINGLE: &str = "model.safetensors";
-
-/// The name of a sharded checkpoint's table of contents.
-const INDEX: &str = "model.safetensors.index.json";
+/// What the names of a model's files begin with.
+const STEM: &str = "model";
 
 /// A table of contents of a model with a million tensors is smaller.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -51,9 +49,17 @@ impl SafetensorsCheckpoint {
     /// malformed, when the index names a file outside the folder or a tensor that its file has not, or
     /// when a tensor's type is not F32, F16 or BF16.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_named(folder, STEM)
+    }
+
+    /// [`SafetensorsCheckpoint::open`] of files whose names begin with `stem`.
+    ///
+    /// # Errors
+    /// As [`SafetensorsCheckpoint::open`].
+    pub fn open_named(folder: &Path, stem: &str) -> Result<Self> {
         let mut checkpoint = Self { folder: folder.to_owned(), shards: Vec::new(), tensors: HashMap::new() };
-        let single = folder.join(SINGLE);
-        let index_path = folder.join(INDEX);
+        let single = folder.join(format!("{stem}.safetensors"));
+        let index_path = folder.join(format!("{stem}.safetensors.index.json"));
         if single.exists() || !index_path.exists() {
             checkpoint.add(&single, |_| true)?;
             return Ok(checkpoint);

@@ -1,14 +1,15 @@
 //! From the wire: [`GenerateRequest`] to [`RawRequest`]. Only presence and shape are checked here; ranges
 //! are admission's.
 
+use rheostat_proto::rheostat::v1::content_part::Part;
 use rheostat_proto::rheostat::v1::generate_request::Prompt as WirePrompt;
 use rheostat_proto::rheostat::v1::{
-    ChatMessage, ChatPrompt as WireChat, GenerateRequest, SamplingParams as WireSampling,
+    ChatMessage, ChatPrompt as WireChat, ContentPart, GenerateRequest, SamplingParams as WireSampling,
 };
-use serde_json::{Map, Value as Json};
+use serde_json::{Map, Value as Json, json};
 
 use crate::error::Error;
-use crate::request::{ChatPrompt, Prompt, RawRequest, SamplingParams};
+use crate::request::{ChatPrompt, ImageSource, Prompt, RawRequest, SamplingParams};
 
 use super::super::json;
 use super::compression;
@@ -46,18 +47,29 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
 /// As [`raw_request`].
 pub(in crate::grpc) fn chat_prompt(chat: WireChat) -> Result<ChatPrompt, Error> {
     let tool = |fields| Ok(Json::Object(json::object("chat.tools", fields)?));
+    let mut images = Vec::new();
+    let messages = chat.messages.into_iter().map(|message| chat_message(message, &mut images));
     Ok(ChatPrompt {
-        messages: chat.messages.into_iter().map(chat_message).collect::<Result<_, _>>()?,
+        messages: messages.collect::<Result<_, _>>()?,
+        images,
         tools: chat.tools.into_iter().map(tool).collect::<Result<_, Error>>()?,
         template_args: json::object("chat.template_args", chat.template_args.unwrap_or_default())?,
         add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
     })
 }
 
-fn chat_message(message: ChatMessage) -> Result<Json, Error> {
+fn chat_message(message: ChatMessage, images: &mut Vec<ImageSource>) -> Result<Json, Error> {
     let mut fields = Map::new();
     fields.insert("role".into(), message.role.into());
-    fields.insert("content".into(), message.content.map_or(Json::Null, Json::from));
+    let content = match message.content {
+        Some(_) if !message.parts.is_empty() => {
+            return Err(Error::invalid("chat.messages", "a message has content or parts, not both"));
+        }
+        Some(text) => text.into(),
+        None if message.parts.is_empty() => Json::Null,
+        None => content(message.parts, images)?,
+    };
+    fields.insert("content".into(), content);
     for (name, text) in [("name", message.name), ("tool_call_id", message.tool_call_id)] {
         if let Some(text) = text {
             fields.insert(name.into(), text.into());
@@ -69,6 +81,19 @@ fn chat_message(message: ChatMessage) -> Result<Json, Error> {
         fields.insert("tool_calls".into(), Json::Array(calls));
     }
     Ok(Json::Object(fields))
+}
+
+/// Content of parts as templates expect it; its images go to `images`.
+fn content(parts: Vec<ContentPart>, images: &mut Vec<ImageSource>) -> Result<Json, Error> {
+    let part = |part: ContentPart| match part.part {
+        Some(Part::Text(text)) => Ok(json!({"type": "text", "text": text})),
+        Some(Part::Image(file)) => {
+            images.push(ImageSource::Bytes(file));
+            Ok(json!({"type": "image"}))
+        }
+        None => Err(Error::invalid("chat.messages", "a part is neither text nor an image")),
+    };
+    parts.into_iter().map(part).collect::<Result<_, _>>().map(Json::Array)
 }
 
 fn sampling_params(wire: WireSampling) -> SamplingParams {

@@ -2,13 +2,13 @@
 
 use model_zoo::compression::CompressionOptions;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::Object;
 use super::sampling::SamplingFields;
 use crate::error::Error;
-use crate::request::Prompt;
+use crate::request::{ImageSource, Prompt};
 
 /// Prompts of one completion request.
 const MAX_PROMPTS: usize = 256;
@@ -144,16 +144,21 @@ fn token_ids(items: Vec<Value>) -> Result<Vec<u32>, Error> {
     items.iter().map(|item| id(item).ok_or_else(|| bad(item))).collect()
 }
 
-/// A chat's messages as templates expect them: content parts of type text become their text.
+/// A chat's messages as templates expect them, and the images that they show. Content of text parts alone becomes
+/// their text.
 ///
 /// # Errors
-/// When a message is malformed or has parts that are not text.
-pub(crate) fn messages(given: Option<Vec<Value>>) -> Result<Vec<Value>, Error> {
+/// When a message is malformed or has parts that are neither text nor images.
+pub(crate) fn messages(given: Option<Vec<Value>>) -> Result<(Vec<Value>, Vec<ImageSource>), Error> {
     let given = given.ok_or_else(|| Error::invalid("messages", "messages is required"))?;
-    given.into_iter().enumerate().map(|(index, message)| normalise(index, message)).collect()
+    let mut images = Vec::new();
+    let normalised =
+        given.into_iter().enumerate().map(|(index, message)| normalise(index, message, &mut images));
+    let messages = normalised.collect::<Result<_, _>>()?;
+    Ok((messages, images))
 }
 
-fn normalise(index: usize, message: Value) -> Result<Value, Error> {
+fn normalise(index: usize, message: Value, images: &mut Vec<ImageSource>) -> Result<Value, Error> {
     let fail = |what: &str| Error::invalid("messages", format!("messages[{index}]{what}"));
     let Value::Object(mut message) = message else { return Err(fail(" must be an object")) };
     if !message.get("role").is_some_and(Value::is_string) {
@@ -162,26 +167,43 @@ fn normalise(index: usize, message: Value) -> Result<Value, Error> {
     let content = match message.remove("content") {
         None | Some(Value::Null) => Value::Null,
         Some(Value::String(text)) => Value::String(text),
-        Some(Value::Array(parts)) => Value::String(join_parts(&parts).map_err(|what| fail(&what))?),
+        Some(Value::Array(parts)) => content(parts, images).map_err(|what| fail(&what))?,
         Some(_) => return Err(fail(".content must be a string or a list of parts")),
     };
     message.insert("content".into(), content);
     Ok(Value::Object(message))
 }
 
-fn join_parts(parts: &[Value]) -> Result<String, String> {
-    let mut texts = Vec::with_capacity(parts.len());
-    for (i, part) in parts.iter().enumerate() {
-        match part.get("type").and_then(Value::as_str) {
+/// Content of parts: a text where all are text, else the parts, whose images go to `images`.
+fn content(parts: Vec<Value>, images: &mut Vec<ImageSource>) -> Result<Value, String> {
+    let before = images.len();
+    let mut plain = Vec::with_capacity(parts.len());
+    for (i, part) in parts.into_iter().enumerate() {
+        let at = |what: String| format!(".content[{i}]{what}");
+        plain.push(match part.get("type").and_then(Value::as_str) {
             Some("text") => match part.get("text").and_then(Value::as_str) {
-                Some(text) => texts.push(text),
-                None => return Err(format!(".content[{i}].text must be a string")),
+                Some(text) => json!({"type": "text", "text": text}),
+                None => return Err(at(".text must be a string".into())),
             },
-            Some(other) => {
-                return Err(format!(".content[{i}] is of type {other:?}, which this model does not take"));
+            Some("image_url") => {
+                images.push(image(part).map_err(at)?);
+                json!({"type": "image"})
             }
-            None => return Err(format!(".content[{i}].type is required")),
-        }
+            Some(other) => return Err(at(format!(" is of type {other:.64?}; text and image_url are taken"))),
+            None => return Err(at(".type is required".into())),
+        });
     }
-    Ok(texts.join("\n"))
+    if images.len() > before {
+        return Ok(Value::Array(plain));
+    }
+    let texts = plain.iter().filter_map(|part| part.get("text")?.as_str());
+    Ok(Value::String(texts.collect::<Vec<_>>().join("\n")))
+}
+
+/// The image of an `image_url` part. Its `detail` is taken and changes nothing: an image has one size here.
+fn image(mut part: Value) -> Result<ImageSource, String> {
+    match part.get_mut("image_url").and_then(|image| image.get_mut("url")).map(Value::take) {
+        Some(Value::String(url)) => Ok(ImageSource::Url(url)),
+        _ => Err(".image_url.url must be a string: a data: URL, or an https: URL".into()),
+    }
 }
