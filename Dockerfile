@@ -1,24 +1,38 @@
 # The CPU server: built with the pinned toolchain, run as an unprivileged user.
-#   docker build -t rheostat .
-#   docker run -p 8080:8080 -p 50051:50051 -v rheostat-cache:/var/cache/rheostat rheostat
+#   docker build -t rheostat:0.1.0 .
+#   docker run -p 8080:8080 -p 50051:50051 -v rheostat-cache:/var/cache/rheostat rheostat:0.1.0
+# With a configuration: docker run … -v ./rheostat.toml:/etc/rheostat/rheostat.toml:ro rheostat:0.1.0 \
+#   serve --config /etc/rheostat/rheostat.toml
+
 FROM rust:1.95-bookworm AS build
 WORKDIR /src
 COPY . .
-RUN cargo build --locked --release -p rheostat && strip target/release/rheostat
+# What cargo downloads and builds stays on the builder between builds; only the binary leaves this stage.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --locked --release -p rheostat \
+    && install --strip target/release/rheostat /usr/local/bin/rheostat
 
 FROM debian:bookworm-slim
-# pip is how the catalogue's default model is fetched; ca-certificates serves the hub path.
+# pip is how the catalogue's default model is fetched; ca-certificates serves the hub path. Debian mends packages of a
+# release without changing what they do, so versions are left to it.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-pip \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 10001 --home-dir /var/cache/rheostat --create-home rheostat
-COPY --from=build /src/target/release/rheostat /usr/local/bin/rheostat
-USER rheostat
+    && groupadd --system --gid 10001 rheostat \
+    && useradd --system --uid 10001 --gid rheostat --home-dir /var/cache/rheostat --create-home rheostat
+COPY --from=build /usr/local/bin/rheostat /usr/local/bin/rheostat
+# By number, so that Kubernetes can see that it is not root.
+USER 10001:10001
 ENV RHEOSTAT_CACHE=/var/cache/rheostat \
     RHEOSTAT_HTTP=0.0.0.0:8080 \
     RHEOSTAT_GRPC=0.0.0.0:50051
 VOLUME /var/cache/rheostat
 EXPOSE 8080 50051
+# The first minutes are for pulling and loading the model.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=4)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["rheostat"]
 CMD ["serve"]

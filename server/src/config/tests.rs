@@ -82,3 +82,17 @@ fn the_example_file_is_valid_and_says_the_defaults() {
     assert_eq!(config.engine.max_num_batched_tokens, defaults.engine.max_num_batched_tokens);
     assert_eq!((config.drain, config.model), (defaults.drain, defaults.model));
 }
+
+/// What deploy/ offers to start from starts.
+#[test]
+fn deployed_configurations_are_valid() {
+    for (name, text) in [
+        ("small-cpu", include_str!("../../../deploy/examples/small-cpu.toml")),
+        ("production", include_str!("../../../deploy/examples/production.toml")),
+        ("compose", include_str!("../../../deploy/compose/rheostat.toml")),
+        ("kubernetes", include_str!("../../../deploy/kubernetes/base/rheostat.toml")),
+    ] {
+        let options = Options::from_toml(text).unwrap_or_else(|e| panic!("{name}: {e}"));
+        Config::validate(options).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}

@@ -5,6 +5,7 @@ mod abuse;
 mod batching;
 mod cancellation;
 mod clients;
+mod deploy;
 mod soak;
 mod tidy;
 mod vision;
