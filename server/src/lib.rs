@@ -11,6 +11,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod governor;
 pub mod grpc;
 pub mod http;
 pub mod images;

@@ -155,9 +155,15 @@ pub struct GenerateRequest {
     pub prompt_logprobs: bool,
     /// What of the model to run.
     pub plan: Arc<Plan>,
+    /// The profile that the plan comes from: as named, as chosen for `auto`, `dense` where nothing was asked for,
+    /// [`CUSTOM_PROFILE`] for methods without a profile. One of a fixed set, so that it can be a label.
+    pub profile: Arc<str>,
     /// Requests share cached prefixes only with equal salts.
     pub cache_salt: u64,
 }
+
+/// What a plan of methods without a profile is called.
+pub const CUSTOM_PROFILE: &str = "custom";
 
 /// One token with its log-probability and the likeliest alternatives.
 #[derive(Debug, Clone, PartialEq)]

@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::config::Config;
+use crate::governor::{Front, Governor};
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, ServedModel};
@@ -90,6 +91,7 @@ pub async fn run(
 ) -> Result<(), RunError> {
     let scheduler = scheduler_config(&config, model.loaded.model.dims())?;
     let (service, metrics) = start_service(&config, model, scheduler)?;
+    let governing = service.governor().map(|governor| tokio::spawn(Arc::clone(governor).run()));
     let (stop, stopping) = watch::channel(false);
     let stopped = |mut stopping: watch::Receiver<bool>| async move {
         // An error means that the sender is gone: the server stops then, too.
@@ -115,6 +117,9 @@ pub async fn run(
     stop.send_replace(true);
     service.shutdown(config.drain).await;
     upkeep.abort();
+    if let Some(governing) = governing {
+        governing.abort();
+    }
     // Every request has ended; what is left are idle connections and last bytes on their way.
     let grace = Duration::from_secs(2);
     let _ = tokio::time::timeout(grace, http).await;
@@ -142,6 +147,7 @@ fn start_service(
     };
     let metrics = Arc::new(Metrics::new(&served, config.metrics_compat));
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let governor = governor(config, &model.offer, (&dims, &metrics));
     let info = ModelInfo { name: model.name, created, dims, max_model_len, offer: model.offer };
     let service = Service::start(ServiceParts {
         model: model.loaded.model,
@@ -152,8 +158,21 @@ fn start_service(
         limits: config.limits.clone(),
         images: config.images.clone(),
         metrics: Arc::clone(&metrics),
+        governor,
     })?;
     Ok((service, metrics))
+}
+
+/// The governor, where the model has a front to choose from.
+fn governor(
+    config: &Config,
+    offer: &Offer,
+    (dims, metrics): (&ModelDims, &Arc<Metrics>),
+) -> Option<Arc<Governor>> {
+    let front = Front::of(offer, dims, config.governor.max_perplexity_increase)?;
+    let points: Vec<_> = front.points().iter().map(|point| point.name.as_str()).collect();
+    tracing::info!(?points, "profile auto chooses between these");
+    Some(Arc::new(Governor::new(front, config.governor.policy, None, Arc::clone(metrics))))
 }
 
 /// The scheduler's limits, with as many pages as the KV budget holds.

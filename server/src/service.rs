@@ -13,6 +13,7 @@ use model_zoo::vision::Vision;
 use crate::admission::{Admission, Limits};
 use crate::engine::{self, EngineHandle, EngineParts, TokenStream};
 use crate::error::{Error, ErrorKind};
+use crate::governor::Governor;
 use crate::images::{ImageLimits, Images};
 use crate::request::RawRequest;
 use crate::scheduler::SchedulerConfig;
@@ -59,6 +60,8 @@ pub struct Admitted {
     pub prompt: Arc<[u32]>,
     /// What of the model it runs.
     pub plan: Arc<Plan>,
+    /// The profile that the plan comes from.
+    pub profile: Arc<str>,
     /// Its events. Dropping them cancels the request.
     pub stream: TokenStream,
 }
@@ -81,6 +84,8 @@ pub struct ServiceParts {
     pub images: ImageLimits,
     /// Where everything reports.
     pub metrics: Arc<Metrics>,
+    /// Chooses for `auto` requests, where the model is calibrated.
+    pub governor: Option<Arc<Governor>>,
 }
 
 /// The service behind both front ends. Cheap to clone.
@@ -92,6 +97,7 @@ pub struct Service {
     admission: Arc<Admission>,
     draining: Arc<AtomicBool>,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+    governor: Option<Arc<Governor>>,
 }
 
 impl Service {
@@ -100,10 +106,12 @@ impl Service {
     /// # Errors
     /// When the operating system refuses a thread.
     pub fn start(parts: ServiceParts) -> std::io::Result<Self> {
-        let ServiceParts { model, vision, tokenizer, info, scheduler, limits, images, metrics } = parts;
+        let ServiceParts { model, vision, tokenizer, info, scheduler, limits, images, metrics, governor } =
+            parts;
         let info = Arc::new(info);
         let images = Images::new(vision, images, Arc::clone(&metrics));
-        let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits);
+        let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits)
+            .governed_by(governor.clone());
         let parts = EngineParts { model, tokenizer: Arc::clone(&tokenizer), scheduler, metrics };
         let (engine, thread) = engine::start(parts)?;
         Ok(Self {
@@ -113,6 +121,7 @@ impl Service {
             admission: Arc::new(admission),
             draining: Arc::default(),
             thread: Arc::new(Mutex::new(Some(thread))),
+            governor,
         })
     }
 
@@ -127,9 +136,9 @@ impl Service {
         }
         let (request, guard) = self.admission.admit(request).await?;
         let (id, prompt) = (request.id.clone(), Arc::clone(&request.prompt));
-        let plan = Arc::clone(&request.plan);
+        let (plan, profile) = (Arc::clone(&request.plan), Arc::clone(&request.profile));
         let stream = self.engine.generate(request, guard)?;
-        Ok(Admitted { id, prompt, plan, stream })
+        Ok(Admitted { id, prompt, plan, profile, stream })
     }
 
     /// Aborts the live request of this id: its choices end with what they have.
@@ -175,6 +184,11 @@ impl Service {
     /// The served model.
     pub fn model(&self) -> &ModelInfo {
         &self.model
+    }
+
+    /// What chooses for `auto` requests, where the model is calibrated.
+    pub fn governor(&self) -> Option<&Arc<Governor>> {
+        self.governor.as_ref()
     }
 
     /// Fails unless `name` is the served model or empty.

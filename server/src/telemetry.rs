@@ -7,9 +7,11 @@
 //!
 //! [`Metrics`] is made once a server and passed down; there is no global recorder.
 
+mod governor;
 pub mod images;
 mod instruments;
 pub mod logs;
+mod recent;
 mod samples;
 #[cfg(test)]
 mod tests;
@@ -20,6 +22,8 @@ use images::ImageMetrics;
 use instruments::{Definition, Instruments, Paired};
 use metrics::{Counter, Gauge, Histogram, Label, Unit};
 use model_zoo::compression::options::METHODS;
+pub use recent::Load;
+use recent::Recent;
 pub use samples::{CompressionSample, SchedulerGauges, SequenceTimings, ServedModel, StepPhase, StepSample};
 
 use crate::request::FinishReason;
@@ -305,6 +309,7 @@ pub struct Metrics {
     waiting: Paired<Gauge>,
     kv_pages: [Paired<Gauge>; 3],
     kv_usage: Paired<Gauge>,
+    recent: Recent,
 }
 
 const REASONS: [FinishReason; 4] =
@@ -363,6 +368,7 @@ impl Metrics {
                 .map(|s| instruments.gauge(&KV_PAGES, label("state", s), Vec::new())),
             kv_usage: gauge(&KV_USAGE),
             images: ImageMetrics::new(&instruments),
+            recent: Recent::default(),
             instruments,
         }
     }
@@ -370,11 +376,13 @@ impl Metrics {
     /// A sequence sampled its first token, `since_arrival` after it arrived.
     pub fn first_token(&self, since_arrival: Duration) {
         self.ttft.record(since_arrival.as_secs_f64());
+        self.recent.first_token(since_arrival);
     }
 
     /// A sequence sampled a further token, `gap` after the one before.
     pub fn inter_token(&self, gap: Duration) {
         self.inter_token.record(gap.as_secs_f64());
+        self.recent.inter_token(gap);
     }
 
     /// A sequence was admitted to the batch with `prompt` tokens, of which the prefix cache answered `hit`.
@@ -401,6 +409,7 @@ impl Metrics {
 
     /// Sets what the scheduler holds now.
     pub fn scheduler(&self, now: &SchedulerGauges) {
+        self.recent.scheduler(now);
         self.running.set(now.running as f64);
         self.waiting.set(now.waiting as f64);
         let pages = [now.pages_used, now.pages_cached, now.pages_free];

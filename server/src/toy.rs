@@ -99,6 +99,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
         limits: Limits::default(),
         images: ImageLimits::default(),
         metrics: Arc::clone(&metrics),
+        governor: None,
     };
     (Service::start(parts).expect("a thread can be started"), metrics)
 }

@@ -3,6 +3,7 @@
 //!
 //! The result depends on the model, the text and the instruction set alone: no clock, no random numbers.
 
+mod front;
 mod presets;
 mod probe;
 
@@ -94,6 +95,7 @@ pub fn calibrate(
         ffn_skip: FfnCalibration { first_layer, end_layer, thresholds: Vec::new() },
         think: ThinkCalibration { kept_score: measured.kept_score() },
         profiles: Default::default(),
+        front: Vec::new(),
         tried: Vec::new(),
     };
     let mut thresholds = Vec::new();
@@ -105,6 +107,7 @@ pub fn calibrate(
     calibration.ffn_skip.thresholds = thresholds;
     calibration.tried = presets::try_all(&mut runner, &parts.preset, (&dims, &calibration), progress)?;
     calibration.profiles = presets::choose(&calibration.tried);
+    calibration.front = front::choose(&calibration.tried, &calibration.profiles);
     Ok(calibration)
 }
 

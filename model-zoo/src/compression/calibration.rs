@@ -30,7 +30,11 @@ pub struct Calibration {
     /// Presets by name, besides `dense`.
     #[serde(default)]
     pub profiles: BTreeMap<String, CompressionOptions>,
-    /// What the presets were chosen from.
+    /// Of what was tried, the plans that no other beats in quality, work and KV, by rising loss: what a server
+    /// may choose between by itself.
+    #[serde(default)]
+    pub front: Vec<FrontPoint>,
+    /// What the presets and the front were chosen from.
     #[serde(default)]
     pub tried: Vec<Tried>,
 }
@@ -81,6 +85,22 @@ pub struct FfnThreshold {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tried {
+    /// The plan.
+    pub plan: CompressionOptions,
+    /// Perplexity over that of dense, less 1.
+    pub perplexity_increase: f64,
+    /// Work in the layers as a share of dense.
+    pub layer_work: f64,
+    /// KV pages as a share of dense.
+    pub kv: f64,
+}
+
+/// A plan of the front. Requests may name it as they name a preset.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FrontPoint {
+    /// The preset's name, where it is one's plan, else one made of its methods.
+    pub name: String,
     /// The plan.
     pub plan: CompressionOptions,
     /// Perplexity over that of dense, less 1.

@@ -17,7 +17,7 @@ pub mod think;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use calibration::Calibration;
+pub use calibration::{Calibration, FrontPoint};
 pub use options::CompressionOptions;
 pub use plan::{KvDemand, Plan, PlanKey};
 
@@ -76,14 +76,21 @@ pub struct RowState {
 impl Offer {
     /// The profile `name`.
     fn profile(&self, name: &str) -> Option<&CompressionOptions> {
-        let calibrated = || self.calibration.as_ref().and_then(|calibration| calibration.profiles.get(name));
-        self.profiles.get(name).or_else(calibrated)
+        let preset = || self.calibration.as_ref().and_then(|calibration| calibration.profiles.get(name));
+        let point = || self.front().iter().find(|point| point.name == name).map(|point| &point.plan);
+        self.profiles.get(name).or_else(preset).or_else(point)
+    }
+
+    /// The calibrated front; empty where nothing was calibrated.
+    pub fn front(&self) -> &[FrontPoint] {
+        self.calibration.as_ref().map_or(&[], |calibration| &calibration.front)
     }
 
     /// Names of all profiles, `dense` first, then in order.
     pub fn profile_names(&self) -> Vec<String> {
-        let calibrated = self.calibration.iter().flat_map(|calibration| calibration.profiles.keys());
-        let names: BTreeSet<&String> = self.profiles.keys().chain(calibrated).collect();
+        let presets = self.calibration.iter().flat_map(|calibration| calibration.profiles.keys());
+        let points = self.front().iter().map(|point| &point.name);
+        let names: BTreeSet<&String> = self.profiles.keys().chain(presets).chain(points).collect();
         let others = names.into_iter().filter(|name| *name != registry::DENSE).cloned();
         std::iter::once(registry::DENSE.to_owned()).chain(others).collect()
     }

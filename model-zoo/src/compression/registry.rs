@@ -7,6 +7,10 @@ use crate::Result;
 /// The profile that every model has.
 pub const DENSE: &str = "dense";
 
+/// The name by which a request leaves the choice to the server. A server that has a front puts one of its points
+/// in this name's place before it compiles.
+pub const AUTO: &str = "auto";
+
 /// Compiles `options` for the request that `context` describes. Methods apply in the order of
 /// methods.md §0.4.
 ///
@@ -38,6 +42,11 @@ fn with_profile(options: &CompressionOptions, context: &Context<'_>) -> Result<C
     let Some(name) = options.profile.as_deref().filter(|&name| name != DENSE) else {
         return Ok(options.clone());
     };
+    if name == AUTO {
+        return refuse(
+            "compression.profile \"auto\" needs a calibrated front of this model; the operator makes one with `rheostat calibrate`, until then name a profile",
+        );
+    }
     let Some(profile) = context.offer.profile(name) else {
         let known = context.offer.profile_names();
         let known: Vec<_> = known.iter().map(|name| format!("\"{name}\"")).collect();

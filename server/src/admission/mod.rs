@@ -17,8 +17,9 @@ use model_zoo::tokenizer::Tokenizer;
 
 use crate::engine::Guard;
 use crate::error::{Error, ErrorKind};
+use crate::governor::Governor;
 use crate::images::Images;
-use crate::request::{GenerateRequest, ImageSource, Prompt, RawRequest};
+use crate::request::{CUSTOM_PROFILE, GenerateRequest, ImageSource, Prompt, RawRequest};
 use crate::service::ModelInfo;
 
 /// Tokens of a text completion whose request names no limit: OpenAI's default.
@@ -32,6 +33,7 @@ pub struct Admission {
     prompts: prompt::PromptEncoder,
     images: Images,
     live: LiveRequests,
+    governor: Option<Arc<Governor>>,
 }
 
 impl Admission {
@@ -39,7 +41,13 @@ impl Admission {
     pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, images: Images, limits: Limits) -> Self {
         let live = LiveRequests::new(limits.max_concurrent_requests);
         let prompts = prompt::PromptEncoder::new(tokenizer, images.token());
-        Self { model, prompts, images, limits, live }
+        Self { model, prompts, images, limits, live, governor: None }
+    }
+
+    /// Lets `governor` choose the profile of `auto` requests; without one they are refused.
+    #[must_use]
+    pub fn governed_by(self, governor: Option<Arc<Governor>>) -> Self {
+        Self { governor, ..self }
     }
 
     /// The requests that are live now.
@@ -75,7 +83,8 @@ impl Admission {
             return Err(Error::invalid("max_tokens", message));
         }
         self.limits.check_total(n, max_tokens)?;
-        let plan = self.plan(&raw.compression, prompt.len(), max_tokens)?;
+        let compression = self.governed(raw.compression);
+        let plan = self.plan(&compression, prompt.len(), max_tokens)?;
         sampling.seed = Some(sampling.seed.unwrap_or_else(rand::random));
         let request = GenerateRequest {
             id: guard.id().to_owned(),
@@ -86,9 +95,20 @@ impl Admission {
             n,
             prompt_logprobs: raw.prompt_logprobs,
             plan: Arc::new(plan),
+            profile: profile(&compression).into(),
             cache_salt: salt(&raw.cache_salt),
         };
         Ok((request, Box::new((guard, shown.room))))
+    }
+
+    /// The options with the governor's choice in place of `auto`.
+    fn governed(&self, mut options: CompressionOptions) -> CompressionOptions {
+        if let Some(governor) = &self.governor
+            && options.profile.as_deref() == Some(registry::AUTO)
+        {
+            options.profile = Some(governor.choose().to_owned());
+        }
+        options
     }
 
     /// What of the model the request runs.
@@ -133,6 +153,12 @@ fn take_images(prompt: &mut Prompt) -> Vec<ImageSource> {
         Prompt::Chat(chat) => std::mem::take(&mut chat.images),
         Prompt::Text(_) | Prompt::Tokens(_) => Vec::new(),
     }
+}
+
+/// The profile's name, for people and metrics; compilation has checked that there is such a one.
+fn profile(options: &CompressionOptions) -> &str {
+    let unnamed = if options.methods().is_empty() { registry::DENSE } else { CUSTOM_PROFILE };
+    options.profile.as_deref().unwrap_or(unnamed)
 }
 
 /// 0 for no salt; else a digest of it.

@@ -139,3 +139,20 @@ async fn ids_and_permits_are_held_as_long_as_the_guard() {
     drop(second);
     admission.live().drained().await;
 }
+
+#[tokio::test]
+async fn auto_is_the_governors_choice_and_refused_where_there_is_none() {
+    use crate::governor::{Front, Policy};
+    use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
+    let compression = CompressionOptions { profile: Some("auto".into()), ..CompressionOptions::default() };
+    let auto = RawRequest { compression, ..request() };
+    let error = refused(auto.clone()).await;
+    assert!(error.message.contains("rheostat calibrate"), "{error:?}");
+    let policy = Policy { ttft_ms: 1.0, tpot_ms: 1.0, cap_watts: None, hold_s: 1.0, calm_s: 1.0 };
+    let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
+    let governor = Governor::new(Front::new(Vec::new(), 1.0), policy, None, Arc::clone(&metrics));
+    let admission = admission(4).governed_by(Some(Arc::new(governor)));
+    let (admitted, _held) = admission.admit(auto).await.expect("admitted");
+    assert_eq!((&*admitted.profile, admitted.plan.runs_all()), ("dense", true));
+    assert!(metrics.render().contains("rheostat_governor_requests_total{profile=\"dense\"} 1"));
+}

@@ -2,6 +2,7 @@
 //! [`Config`] is what follows from them, validated, without options.
 
 pub mod bytes;
+mod governor;
 pub mod hosts;
 pub mod options;
 
@@ -11,11 +12,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::ByteSize;
+pub use governor::GovernorConfig;
 use hosts::HostList;
 use model_zoo::compression::CompressionOptions;
 use options::{ImageOptions, Options};
 
 use crate::admission::Limits;
+use crate::governor::AUTO;
 use crate::images::ImageLimits;
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
@@ -45,6 +48,8 @@ pub struct Config {
     pub calibration: Option<PathBuf>,
     /// The operator's compression profiles.
     pub profiles: BTreeMap<String, CompressionOptions>,
+    /// What the governor holds.
+    pub governor: GovernorConfig,
     /// Other servers' metric names.
     pub metrics_compat: MetricsCompat,
     /// Log filter, as `RUST_LOG` spells it.
@@ -116,6 +121,8 @@ impl Config {
             metrics,
             log,
             compression,
+            targets,
+            power,
             profiles,
             config: _,
         } = options;
@@ -157,11 +164,13 @@ impl Config {
             drain: Duration::from_secs(server.drain_seconds.unwrap_or(30)),
             calibration: compression.calibration,
             profiles,
+            governor: GovernorConfig::of(&targets, &power),
             metrics_compat: metrics.compat.unwrap_or_default(),
             log_filter: log.filter.unwrap_or_else(|| "info".into()),
             log_format: log.format.unwrap_or_default(),
         };
         config.check()?;
+        config.governor.check().map_err(ConfigError)?;
         Ok(config)
     }
 
@@ -195,6 +204,10 @@ impl Config {
             (
                 !(1..=1 << 28).contains(&self.images.max_pixels),
                 format!("images.max_pixels is {}; it must be from 1 to {}", self.images.max_pixels, 1u64 << 28),
+            ),
+            (
+                self.profiles.contains_key(AUTO),
+                format!("profiles.{AUTO}: the name is the governor's; give the profile another"),
             ),
             (self.model.is_empty(), "model is empty; name one of the catalogue or give a path".into()),
         ];

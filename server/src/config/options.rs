@@ -161,6 +161,30 @@ section! {
     }
 }
 
+section! {
+    /// `[targets]`: what the governor holds by choosing the profile of `auto` requests.
+    TargetOptions {
+        /// Milliseconds to the first token [default: 2000]
+        ttft_ms: f64 = "target-ttft-ms", "RHEOSTAT_TARGET_TTFT_MS";
+        /// Milliseconds per further token [default: 100]
+        tpot_ms: f64 = "target-tpot-ms", "RHEOSTAT_TARGET_TPOT_MS";
+        /// The most that `auto` may lose: perplexity over dense less 1, as calibration measured it [default: 0.08]
+        max_perplexity_increase: f64 = "target-max-perplexity-increase", "RHEOSTAT_TARGET_MAX_PERPLEXITY_INCREASE";
+        /// Seconds after a move of the governor in which it does not move [default: 2]
+        hold_seconds: f64 = "target-hold-seconds", "RHEOSTAT_TARGET_HOLD_SECONDS";
+        /// Seconds of low load before the governor goes a step back towards the whole model [default: 10]
+        calm_seconds: f64 = "target-calm-seconds", "RHEOSTAT_TARGET_CALM_SECONDS";
+    }
+}
+
+section! {
+    /// `[power]`
+    PowerOptions {
+        /// Watts that the governor keeps the server below, where a meter is [default: no cap]
+        cap_watts: f64 = "power-cap-watts", "RHEOSTAT_POWER_CAP_WATTS";
+    }
+}
+
 /// Every key, from one source or several.
 #[derive(Debug, Clone, Default, clap::Args, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -199,6 +223,12 @@ pub struct Options {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub compression: CompressionKeys,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub targets: TargetOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub power: PowerOptions,
     /// `[profiles.NAME]`: the operator's own compression profiles, in the file alone.
     #[arg(skip)]
     pub profiles: BTreeMap<String, CompressionOptions>,
@@ -228,6 +258,8 @@ impl Options {
             metrics: self.metrics.over(below.metrics),
             log: self.log.over(below.log),
             compression: self.compression.over(below.compression),
+            targets: self.targets.over(below.targets),
+            power: self.power.over(below.power),
             profiles: if self.profiles.is_empty() { below.profiles } else { self.profiles },
         }
     }

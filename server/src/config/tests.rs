@@ -37,6 +37,8 @@ fn mistakes_are_named() {
         ("[engine]\nblock_size = 17", "multiple of 16"),
         ("[engine]\nthreads = 0", "nonzero"),
         ("[limits]\nmax_n = 0", "limits.max_n must be at least 1"),
+        ("[targets]\nttft_ms = 0.0", "targets.ttft_ms is 0; it must be a number above 0"),
+        ("[profiles.auto]\ndrop = { attention = 1 }", "profiles.auto"),
         ("[grpc]\naddress = \"127.0.0.1:8080\"", "must differ"),
         ("[server]\nmodel = \"\"", "model is empty"),
         ("nonsense", "expected"),
@@ -80,6 +82,7 @@ fn the_example_file_is_valid_and_says_the_defaults() {
     assert_eq!(config.http.address, defaults.http.address);
     assert_eq!(config.limits, defaults.limits);
     assert_eq!(config.engine.max_num_batched_tokens, defaults.engine.max_num_batched_tokens);
+    assert_eq!(config.governor, defaults.governor);
     assert_eq!((config.drain, config.model), (defaults.drain, defaults.model));
 }
 

@@ -78,7 +78,7 @@ struct Running<R> {
 impl<R: Render> Generation<R> {
     fn run(self) -> Running<R> {
         let slots = self.n * self.prompts.len();
-        let plan = self.prompts.first().map(|admitted| admitted.plan.options().clone());
+        let usage = self.prompts.first().map(|one| Usage::of(&one.profile, one.plan.options().clone()));
         let tagged = self.prompts.into_iter().enumerate();
         let streams =
             tagged.map(|(prompt, admitted)| admitted.stream.map(move |event| (prompt, event)).boxed());
@@ -90,7 +90,7 @@ impl<R: Render> Generation<R> {
             n: self.n,
             slots,
             events: stream::select_all(streams),
-            usage: Usage::of(plan.unwrap_or_default()),
+            usage: usage.unwrap_or_default(),
         }
     }
 

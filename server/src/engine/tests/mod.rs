@@ -150,6 +150,7 @@ fn request(prompt: &str) -> GenerateRequest {
         n: 1,
         prompt_logprobs: false,
         plan: Arc::new(Plan::dense(2)),
+        profile: "dense".into(),
         cache_salt: 0,
     }
 }

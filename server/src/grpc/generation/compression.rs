@@ -78,8 +78,8 @@ fn of_ffn_skip(wire: v1::FfnSkip) -> Result<FfnSkip, Error> {
     })
 }
 
-/// The work of a request that ran `plan`.
-pub(super) fn usage(plan: &CompressionOptions, work: Work) -> v1::CompressionUsage {
+/// The work of a request that ran `plan`, which comes from `profile`.
+pub(super) fn usage((profile, plan): (&str, &CompressionOptions), work: Work) -> v1::CompressionUsage {
     v1::CompressionUsage {
         plan: Some(wire(plan)),
         attention_layers_run: work.attention_layers,
@@ -87,6 +87,7 @@ pub(super) fn usage(plan: &CompressionOptions, work: Work) -> v1::CompressionUsa
         ffn_layers_skipped: work.ffns_skipped,
         dense_layers: work.dense_layers,
         kv_bytes: work.kv_bytes,
+        profile: profile.to_owned(),
     }
 }
 

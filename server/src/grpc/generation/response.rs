@@ -42,6 +42,7 @@ pub(super) struct Wire {
     pub(super) model: String,
     prompt: Arc<[u32]>,
     plan: Arc<Plan>,
+    profile: Arc<str>,
     tokenizer: Arc<Tokenizer>,
 }
 
@@ -52,6 +53,7 @@ impl Wire {
             model: service.model().name.clone(),
             prompt: admitted.prompt.clone(),
             plan: Arc::clone(&admitted.plan),
+            profile: Arc::clone(&admitted.profile),
             tokenizer: service.tokenizer().clone(),
         }
     }
@@ -102,7 +104,7 @@ impl Wire {
             prompt_tokens: self.prompt_tokens(),
             cached_tokens: first.cached_tokens as u32,
             completion_tokens: completion_tokens as u32,
-            compression: Some(compression::usage(self.plan.options(), work)),
+            compression: Some(compression::usage((&self.profile, self.plan.options()), work)),
         }
     }
 

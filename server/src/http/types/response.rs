@@ -21,6 +21,8 @@ pub(crate) struct Usage {
 /// What of the model the request ran.
 #[derive(Debug, Default, Clone, Serialize, ToSchema)]
 pub(crate) struct CompressionUsage {
+    /// The profile that the plan comes from: as named, as chosen for `auto`, or `dense` or `custom`.
+    profile: String,
     /// The methods with every default filled in; empty for the whole model.
     #[schema(value_type = Object)]
     plan: CompressionOptions,
@@ -44,9 +46,13 @@ pub(crate) struct PromptDetails {
 }
 
 impl Usage {
-    /// Of a request that ran `plan`.
-    pub(crate) fn of(plan: CompressionOptions) -> Self {
-        Self { compression: CompressionUsage { plan, ..CompressionUsage::default() }, ..Self::default() }
+    /// Of a request that ran `plan`, which comes from `profile`.
+    pub(crate) fn of(profile: &str, plan: CompressionOptions) -> Self {
+        let profile = profile.to_owned();
+        Self {
+            compression: CompressionUsage { profile, plan, ..CompressionUsage::default() },
+            ..Self::default()
+        }
     }
 
     /// Adds a finished choice; the prompt counts once, with its first choice.
