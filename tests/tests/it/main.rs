@@ -6,6 +6,7 @@ mod batching;
 mod cancellation;
 mod clients;
 mod deploy;
+mod loadtest;
 mod soak;
 mod tidy;
 mod vision;

@@ -1,0 +1,16 @@
+//! `rheostat-loadtest`: measures engines and servers.
+//!
+//! `run` sends a repeatable [`workload`] to a server through a [`client`], open loop or closed loop
+//! ([`drive`]), and makes a [`summary`] and a [`report`] of what came back. `compare` does so with two
+//! servers in turn. `engine` and `compression` run a model's steps without a server in front.
+
+pub mod cli;
+pub mod client;
+pub mod compare;
+mod compression;
+pub mod drive;
+mod engine;
+pub mod report;
+pub mod run;
+pub mod summary;
+pub mod workload;
