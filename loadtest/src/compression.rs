@@ -40,7 +40,7 @@ pub(crate) fn measure(model: &Path, threads: Option<NonZeroUsize>, rounds: usize
     for batch in BATCHES {
         let cases = cases(&dims, &offer, batch)?;
         let batches: Vec<_> = cases.iter().map(|case| case.plans.clone()).collect();
-        let mut runner = Runner::new(loaded.model.as_mut(), batch, PROMPT + TOKENS);
+        let mut runner = Runner::new(loaded.model.as_mut(), batch, PROMPT + TOKENS)?;
         let load = Load { prompt: &prompt, tokens: TOKENS, rounds };
         let timings = decode(&mut runner, (&batches, load), |_, _| {})?;
         for (case, own) in cases.iter().zip(&timings).skip(2) {

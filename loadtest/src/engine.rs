@@ -41,7 +41,7 @@ fn token(i: usize, vocab: usize) -> u32 {
 pub(crate) fn measure(model: &Path, threads: Option<NonZeroUsize>, only: &str) -> Result<()> {
     let mut options = LoadOptions::default();
     options.threads = threads.unwrap_or(options.threads);
-    let mut bench = Bench::new(load(model, &options)?.model, 16, 1024 + DECODE_STEPS);
+    let mut bench = Bench::new(load(model, &options)?.model, 16, 1024 + DECODE_STEPS)?;
     for n in [16, 512, 1024] {
         let what = format!("prefill {n}");
         if what.contains(only) {
@@ -60,10 +60,10 @@ pub(crate) fn measure(model: &Path, threads: Option<NonZeroUsize>, only: &str) -
 }
 
 impl Bench {
-    fn new(model: Box<dyn CausalLm>, sequences: usize, max_len: usize) -> Self {
+    fn new(model: Box<dyn CausalLm>, sequences: usize, max_len: usize) -> Result<Self> {
         let layers = model.dims().num_layers;
         let pages = max_len.div_ceil(BLOCK_SIZE);
-        let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), sequences * layers * pages);
+        let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), sequences * layers * pages)?;
         let mut ids = 0..(sequences * layers * pages) as PageId;
         let sequences = (0..sequences)
             .map(|_| Sequence {
@@ -71,7 +71,7 @@ impl Bench {
                 len: 0,
             })
             .collect();
-        Self { plan: Plan::dense(layers), model, kv, sequences }
+        Ok(Self { plan: Plan::dense(layers), model, kv, sequences })
     }
 
     fn report(&mut self, what: &str, mut rate: impl FnMut(&mut Self) -> Result<f64>) -> Result<()> {

@@ -42,6 +42,14 @@ pub enum ZooError {
     /// A step was given inputs that break the contract of [`crate::models::CausalLm::forward`].
     #[error("invalid step: {0}")]
     Step(String),
+    /// The operating system gave no memory.
+    #[error("cannot take {bytes} bytes of memory: {source}")]
+    Memory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
     /// candle refused an operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -17,6 +17,7 @@ pub mod kernels;
 pub mod kv_cache;
 pub mod layers;
 pub mod loader;
+pub mod memory;
 pub mod models;
 pub mod step;
 pub mod tokenizer;

@@ -77,7 +77,7 @@ pub fn calibrate(
 ) -> Result<Calibration> {
     let parts = Parts::of(text, settings)?;
     let dims = model.dims().clone();
-    let mut runner = Runner::new(model, 1, settings.window);
+    let mut runner = Runner::new(model, 1, settings.window)?;
     let mut measured = probe::Measured::new(&dims);
     let dense = Plan::dense(dims.num_layers);
     for (index, window) in parts.similarity.iter().enumerate() {

@@ -42,11 +42,14 @@ pub struct Chunk<'a> {
 
 impl<'m> Runner<'m> {
     /// A runner with KV for `num_sequences` sequences of `capacity` tokens.
-    pub fn new(model: &'m mut dyn CausalLm, num_sequences: usize, capacity: usize) -> Self {
+    ///
+    /// # Errors
+    /// [`ZooError::Memory`] when there is none for them.
+    pub fn new(model: &'m mut dyn CausalLm, num_sequences: usize, capacity: usize) -> Result<Self> {
         // Twice: packed pages lie beside the dense ones that they are made of.
         let num_pages = 2 * num_sequences * model.dims().num_layers * capacity.div_ceil(BLOCK_SIZE);
-        let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages);
-        Self { model, kv, capacity }
+        let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages)?;
+        Ok(Self { model, kv, capacity })
     }
 
     /// Decoder layers of the model.

@@ -6,11 +6,15 @@
 //! slots in the vector lanes, and pruning a key channel drops a contiguous run), then V as
 //! `[num_kv_heads, block_size, head_dim]`.
 
+mod pages;
 pub mod pruned;
 
 use half::f16;
 
+pub use pages::Pages;
 pub use pruned::{PackedLayout, PrunedKeys};
+
+use crate::Result;
 
 /// Index of a page in the pool.
 pub type PageId = u32;
@@ -39,18 +43,22 @@ impl KvLayout {
 }
 
 /// The pool of pages. Memory is committed by the operating system when a page is first written, so an
-/// unused pool costs no resident memory.
+/// unused pool costs no resident memory; a pool that shrinks gives its memory back at once.
 #[derive(Debug)]
 pub struct KvCache {
     layout: KvLayout,
-    pages: Vec<u16>,
+    pages: Pages,
 }
 
 impl KvCache {
     /// A pool of `num_pages` pages.
-    pub fn new(layout: KvLayout, num_pages: usize) -> Self {
-        // Zeroed u16 comes from calloc, which maps untouched pages lazily; f16 would be written through.
-        Self { layout, pages: vec![0; num_pages * layout.page_len()] }
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Memory`] when the operating system has no room for it.
+    pub fn new(layout: KvLayout, num_pages: usize) -> Result<Self> {
+        let mut pages = Pages::new(layout.page_len());
+        pages.resize(num_pages)?;
+        Ok(Self { layout, pages })
     }
 
     /// The geometry of its pages.
@@ -60,23 +68,29 @@ impl KvCache {
 
     /// Pages in the pool.
     pub fn num_pages(&self) -> usize {
-        self.pages.len() / self.layout.page_len()
+        self.pages.num_pages()
     }
 
-    /// All pages as raw f16 bits, page after page.
-    pub fn as_bits(&self) -> &[u16] {
+    /// All pages, as raw f16 bits.
+    pub fn pages(&self) -> &Pages {
         &self.pages
     }
 
-    /// All pages as raw f16 bits, for writing.
-    pub fn as_bits_mut(&mut self) -> &mut [u16] {
+    /// All pages, for writing.
+    pub fn pages_mut(&mut self) -> &mut Pages {
         &mut self.pages
+    }
+
+    /// Changes the pool to pages `0..num_pages`; the content of those that stay is kept.
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Memory`] when the operating system has no room for more; the pool is as before then.
+    pub fn resize(&mut self, num_pages: usize) -> Result<()> {
+        self.pages.resize(num_pages)
     }
 
     /// Fills a page with NaN: tests poison pages that nobody owns.
     pub fn poison(&mut self, page: PageId) {
-        let len = self.layout.page_len();
-        let start = page as usize * len;
-        self.pages[start..start + len].fill(f16::NAN.to_bits());
+        self.pages.page_mut(page).fill(f16::NAN.to_bits());
     }
 }

@@ -4,7 +4,7 @@
 //! which sixteen slots take `num_kv_heads · (kept + head_dim)` lines: K as `[num_kv_heads, kept, 16 slots]`,
 //! then V as `[num_kv_heads, 16 slots, head_dim]`. A line never lies across pages; a head's run of lines may.
 
-use super::{KvCache, KvLayout, PageId};
+use super::{KvCache, KvLayout, PageId, Pages};
 
 /// Slots, and values in a line.
 pub const LINE: usize = 16;
@@ -60,28 +60,28 @@ impl PackedLayout {
         group * self.group_lines() + keys + head * self.layout.head_dim
     }
 
-    /// Where line `index` of the stream in `table` begins in the pool.
-    fn place(&self, table: &[PageId], index: usize) -> usize {
+    /// The page of line `index` of the stream in `table`, and where in it the line begins.
+    fn place(&self, table: &[PageId], index: usize) -> (PageId, usize) {
         let (page, line) = (index / self.page_lines(), index % self.page_lines());
-        table[page] as usize * self.layout.page_len() + line * LINE
+        (table[page], line * LINE)
     }
 
     /// `count` lines from `first` on: a slice of the pool, or gathered into `buffer` where they lie across
     /// pages.
     pub(crate) fn lines<'a>(
         &self,
-        (pages, table): (&'a [u16], &[PageId]),
+        (pages, table): (&'a Pages, &[PageId]),
         (first, count): (usize, usize),
         buffer: &'a mut Vec<u16>,
     ) -> &'a [u16] {
         if first / self.page_lines() == (first + count - 1) / self.page_lines() {
-            let start = self.place(table, first);
-            return &pages[start..start + count * LINE];
+            let (page, start) = self.place(table, first);
+            return &pages.page(page)[start..start + count * LINE];
         }
         buffer.clear();
         for line in first..first + count {
-            let start = self.place(table, line);
-            buffer.extend_from_slice(&pages[start..start + LINE]);
+            let (page, start) = self.place(table, line);
+            buffer.extend_from_slice(&pages.page(page)[start..start + LINE]);
         }
         buffer
     }
@@ -104,9 +104,9 @@ impl KvCache {
             let score = |channel: usize| {
                 let mut sum = 0f64;
                 for first in (0..num_slots).step_by(block_size) {
-                    let page = table[first / block_size] as usize * self.layout.page_len();
-                    let start = page + (head * head_dim + channel) * block_size;
-                    let keys = &self.pages[start..start + block_size.min(num_slots - first)];
+                    let page = self.pages.page(table[first / block_size]);
+                    let start = (head * head_dim + channel) * block_size;
+                    let keys = &page[start..start + block_size.min(num_slots - first)];
                     sum +=
                         keys.iter().map(|&bits| f64::from(half::f16::from_bits(bits)).powi(2)).sum::<f64>();
                 }
@@ -128,21 +128,18 @@ impl KvCache {
     pub fn pack(&mut self, source: PageId, (table, first): (&[PageId], usize), channels: &[u8]) {
         let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
         let packed = PackedLayout { layout: self.layout, kept: channels.len() / num_kv_heads };
-        let page = source as usize * self.layout.page_len();
-        let values = page + num_kv_heads * head_dim * block_size;
+        let values = num_kv_heads * head_dim * block_size;
         for offset in (0..block_size).step_by(LINE) {
             let group = (first + offset) / LINE;
             for head in 0..num_kv_heads {
                 let own = &channels[head * packed.kept..(head + 1) * packed.kept];
                 for (line, &channel) in (packed.key_line(group, head)..).zip(own) {
-                    let from = page + (head * head_dim + channel as usize) * block_size + offset;
-                    let to = packed.place(table, line);
-                    self.pages.copy_within(from..from + LINE, to);
+                    let from = (head * head_dim + channel as usize) * block_size + offset;
+                    self.pages.copy((source, from), packed.place(table, line), LINE);
                 }
                 let from = values + (head * block_size + offset) * head_dim;
                 for (index, line) in (packed.value_line(group, head)..).take(head_dim).enumerate() {
-                    let to = packed.place(table, line);
-                    self.pages.copy_within(from + index * LINE..from + (index + 1) * LINE, to);
+                    self.pages.copy((source, from + index * LINE), packed.place(table, line), LINE);
                 }
             }
         }
@@ -150,7 +147,6 @@ impl KvCache {
 
     /// Copies a page.
     pub fn copy_page(&mut self, from: PageId, to: PageId) {
-        let len = self.layout.page_len();
-        self.pages.copy_within(from as usize * len..(from as usize + 1) * len, to as usize * len);
+        self.pages.copy((from, 0), (to, 0), self.layout.page_len());
     }
 }

@@ -165,14 +165,14 @@ fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
     for layer in 0..LAYERS {
         let active = active_len(row, layer);
         for (index, &token) in row.tokens.iter().take(active).enumerate() {
-            let start = slot_start(kv.layout(), &row.block_tables[layer], row.kv_len[layer] + index);
+            let (page, start) = slot_place(kv.layout(), &row.block_tables[layer], row.kv_len[layer] + index);
             // Of an image, what its embedding says counts, and not the token.
             let token = row.image_row(index).map_or(u64::from(token), |image| {
                 image.iter().fold(SEED, |hash, value| mix(hash, u64::from(value.to_bits()))) >> 32
             });
             let word = token << 32 | (row.first_pos + index) as u64;
             let bits = [0, 16, 32, 48].map(|shift| (word >> shift) as u16);
-            kv.as_bits_mut()[start..start + SLOT_LEN].copy_from_slice(&bits);
+            kv.pages_mut().page_mut(page)[start..start + SLOT_LEN].copy_from_slice(&bits);
         }
         let ffn = row.plan.active_len(layer, Sublayer::Ffn, (row.first_pos, row.tokens.len()));
         row.state.sublayers_run[0] += active as u64;
@@ -181,15 +181,14 @@ fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
 }
 
 fn load(kv: &KvCache, table: &[PageId], slot: usize) -> u64 {
-    let start = slot_start(kv.layout(), table, slot);
-    let bits = &kv.as_bits()[start..start + SLOT_LEN];
+    let (page, start) = slot_place(kv.layout(), table, slot);
+    let bits = &kv.pages().page(page)[start..start + SLOT_LEN];
     bits.iter().rev().fold(0, |word, &part| word << 16 | u64::from(part))
 }
 
-/// Index of the slot's first value in the pool.
-fn slot_start(layout: KvLayout, table: &[PageId], slot: usize) -> usize {
-    let page = table[slot / layout.block_size] as usize;
-    page * layout.page_len() + slot % layout.block_size * SLOT_LEN
+/// The slot's page, and where in it the slot's first value lies.
+fn slot_place(layout: KvLayout, table: &[PageId], slot: usize) -> (PageId, usize) {
+    (table[slot / layout.block_size], slot % layout.block_size * SLOT_LEN)
 }
 
 /// In [0, 4) and a bonus; NaN after the token that asks for it.

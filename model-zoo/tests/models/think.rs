@@ -61,7 +61,7 @@ fn a_pruned_row_in_a_mixed_batch_equals_its_solo_run_in_any_chunks() {
     let folder = write(|_| false);
     let mut model = load(folder.path(), &LoadOptions::default()).unwrap().model;
     let plans = [Plan::dense(LAYERS), compile(0.5, 8, 0), compile(0.5, 32, 2)];
-    let mut runner = Runner::new(model.as_mut(), plans.len(), PROMPT + OUTPUT);
+    let mut runner = Runner::new(model.as_mut(), plans.len(), PROMPT + OUTPUT).unwrap();
     let together = run(&mut runner, &plans, PROMPT);
     for (plan, logits) in plans.iter().zip(&together) {
         assert_eq!(run(&mut runner, std::slice::from_ref(plan), PROMPT)[0], *logits);
@@ -77,7 +77,7 @@ fn a_pruned_row_in_a_mixed_batch_equals_its_solo_run_in_any_chunks() {
 fn teacher_forcing_equals_decoding() {
     let folder = write(|_| false);
     let mut model = load(folder.path(), &LoadOptions::default()).unwrap().model;
-    let mut runner = Runner::new(model.as_mut(), 1, PROMPT + OUTPUT);
+    let mut runner = Runner::new(model.as_mut(), 1, PROMPT + OUTPUT).unwrap();
     let plan = compile(0.5, 8, 0);
     let decoded = run(&mut runner, std::slice::from_ref(&plan), PROMPT).remove(0);
     let mut taught = Vec::new();
@@ -91,7 +91,7 @@ fn nothing_is_pruned_at_ratio_0_or_of_a_prompt_within_the_recent_window() {
     assert!(compile(0.5, PROMPT, 0).pruning().is_none());
     let folder = write(|_| false);
     let mut model = load(folder.path(), &LoadOptions::default()).unwrap().model;
-    let mut runner = Runner::new(model.as_mut(), 1, PROMPT + OUTPUT);
+    let mut runner = Runner::new(model.as_mut(), 1, PROMPT + OUTPUT).unwrap();
     let dense = run(&mut runner, &[Plan::dense(LAYERS)], PROMPT);
     for (ratio, recent) in [(0.0, 8), (0.5, PROMPT), (0.5, PROMPT - 15)] {
         assert_eq!(run(&mut runner, &[compile(ratio, recent, 0)], PROMPT), dense, "{ratio} {recent}");

@@ -66,12 +66,12 @@ pub struct EngineParts {
 /// [`EngineHandle::stop`].
 ///
 /// # Errors
-/// When the operating system refuses a thread.
+/// When the operating system refuses a thread, or memory for the KV pool.
 pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<()>)> {
     let (commands, receiver) = mpsc::channel(COMMANDS);
     let kv_layout = parts.model.dims().kv_layout(parts.scheduler.block_size);
     let shared = sequence::Shared { tokenizer: parts.tokenizer, metrics: parts.metrics, kv_layout };
-    let engine = run::Engine::new(parts.model, &parts.scheduler, shared);
+    let engine = run::Engine::new(parts.model, &parts.scheduler, shared).map_err(io::Error::other)?;
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(receiver))?;
     Ok((EngineHandle { commands }, thread))
 }

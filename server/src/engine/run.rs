@@ -29,10 +29,17 @@ pub(super) struct Engine {
 
 impl Engine {
     /// An engine over `model` with a KV pool as `config` says.
-    pub(super) fn new(model: Box<dyn CausalLm>, config: &SchedulerConfig, shared: Shared) -> Self {
-        let kv = KvCache::new(model.dims().kv_layout(config.block_size), config.num_pages);
+    ///
+    /// # Errors
+    /// When there is no memory for the pool.
+    pub(super) fn new(
+        model: Box<dyn CausalLm>,
+        config: &SchedulerConfig,
+        shared: Shared,
+    ) -> model_zoo::Result<Self> {
+        let kv = KvCache::new(model.dims().kv_layout(config.block_size), config.num_pages)?;
         let scheduler = Scheduler::new(config.clone());
-        Self { model, kv, scheduler, choices: HashMap::new(), shared, next_id: 0, next_group: 0 }
+        Ok(Self { model, kv, scheduler, choices: HashMap::new(), shared, next_id: 0, next_group: 0 })
     }
 
     /// Runs until every sender of `commands` is gone and all work is done, or a `Stop` came.

@@ -16,7 +16,7 @@ use super::convert::narrow_f16;
 use super::isa::Isa;
 use super::pool::Disjoint;
 use super::vector::{exp, multiversion};
-use crate::kv_cache::{KvLayout, PackedLayout, PageId};
+use crate::kv_cache::{KvLayout, PackedLayout, PageId, Pages};
 use crate::layers::linear::Cpu;
 
 /// Slots in the lanes of a vector. A page's block size is a multiple.
@@ -94,7 +94,7 @@ pub fn attention(
     cpu: &Cpu,
     shape: &AttentionShape,
     segments: &[Segment<'_>],
-    (q, pages, out): (&[f32], &[u16], &mut [f32]),
+    (q, pages, out): (&[f32], &Pages, &mut [f32]),
 ) {
     assert!(shape.layout.block_size.is_multiple_of(SLOTS), "invariant: checked by the decoder");
     let tokens_per_task = (QUERIES / shape.group()).max(1);
@@ -170,7 +170,7 @@ impl<'a> QueryTile<'a> {
         }
     }
 
-    fn run(&mut self, isa: Isa, segment: Segment<'_>, pages: &[u16]) {
+    fn run(&mut self, isa: Isa, segment: Segment<'_>, pages: &Pages) {
         let layout = self.shape.layout;
         let written = segment.kv_start + segment.num_tokens;
         let end = self.slot + self.tokens;
@@ -181,8 +181,7 @@ impl<'a> QueryTile<'a> {
         }
         for start in (first.max(packed_end)..end).step_by(SLOTS) {
             let (page, offset) = segment.place(layout, start);
-            let page = segment.block_table[page] as usize;
-            let page = &pages[page * layout.page_len()..][..layout.page_len()];
+            let page = pages.page(segment.block_table[page]);
             let slots = self.slots(page, offset, written - start);
             tile::score(isa, &self.q, slots, &mut self.scores);
             self.weigh(isa, start);
@@ -194,7 +193,7 @@ impl<'a> QueryTile<'a> {
     fn run_packed(
         &mut self,
         isa: Isa,
-        (packed, table, pages): (Packed<'_>, &[PageId], &[u16]),
+        (packed, table, pages): (Packed<'_>, &[PageId], &Pages),
         range: std::ops::Range<usize>,
     ) {
         let layout = PackedLayout { layout: self.shape.layout, kept: packed.kept };
@@ -296,13 +295,12 @@ multiversion! {
 /// Writes one token's `k` and `v`, `[num_kv_heads, head_dim]`, to `slot` of a sequence.
 pub fn write_kv(
     isa: Isa,
-    (layout, pages): (KvLayout, &mut [u16]),
+    (layout, pages): (KvLayout, &mut Pages),
     (block_table, slot): (&[PageId], usize),
     (k, v): (&[f32], &[f32]),
 ) {
     let KvLayout { num_kv_heads, head_dim, block_size } = layout;
-    let page = block_table[slot / block_size] as usize;
-    let page = &mut pages[page * layout.page_len()..][..layout.page_len()];
+    let page = pages.page_mut(block_table[slot / block_size]);
     let (keys, values) = page.split_at_mut(num_kv_heads * head_dim * block_size);
     let offset = slot % block_size;
     let mut bits = [0u16; 64];

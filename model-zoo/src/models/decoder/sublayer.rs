@@ -58,7 +58,7 @@ impl CpuDecoder {
         };
         let segments: Vec<_> =
             spans.iter().map(|span| segment(batch, span, (index, kv.layout().block_size))).collect();
-        attention(cpu, &shape, &segments, (&s.q, kv.as_bits(), &mut s.mixed));
+        attention(cpu, &shape, &segments, (&s.q, kv.pages(), &mut s.mixed));
         let post = layer.post_norms.as_ref().map(|[after, _]| (after.as_slice(), config.rms_norm_eps));
         let Scratch { mixed, normed, quantized, .. } = s;
         let mut mixed = Activations::new(mixed, layer.o.in_features(), quantized);
@@ -165,7 +165,7 @@ impl Place<'_> {
             let segment = segment(batch, span, (self.index, layout.block_size));
             let (page, offset) = segment.place(layout, segment.kv_start + i);
             let place = (&segment.block_table[page..], offset);
-            write_kv(self.cpu.isa, (layout, kv.as_bits_mut()), place, (k, v));
+            write_kv(self.cpu.isa, (layout, kv.pages_mut()), place, (k, v));
         }
     }
 }

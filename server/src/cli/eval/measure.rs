@@ -83,7 +83,7 @@ pub(super) fn all(
         .values()
         .map(|options| subject.compile(options, PROMPT, WINDOW - PROMPT))
         .collect::<Result<Vec<_>>>()?;
-    let mut runner = Runner::new(model, *BATCHES.last().unwrap_or(&1), WINDOW + ANSWER_TOKENS + 512);
+    let mut runner = Runner::new(model, *BATCHES.last().unwrap_or(&1), WINDOW + ANSWER_TOKENS + 512)?;
     let scores = score(&mut runner, &windows, &plans, |done, total| {
         progress(Progress { stage: "perplexity", done, total })
     })?;

@@ -95,7 +95,8 @@ impl Bench {
             metrics: Arc::clone(&metrics),
             kv_layout: model.dims().kv_layout(config.block_size),
         };
-        Self { engine: Engine::new(Box::new(model), config, shared), metrics }
+        let engine = Engine::new(Box::new(model), config, shared).expect("memory for the pool");
+        Self { engine, metrics }
     }
 
     fn submit(&mut self, request: &GenerateRequest) -> mpsc::Receiver<TokenEvent> {

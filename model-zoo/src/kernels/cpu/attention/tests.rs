@@ -21,7 +21,7 @@ fn case(len: usize, block_size: usize, window: Option<usize>) -> Case {
     let shape = AttentionShape { num_heads: 6, layout, scale: 0.3, window };
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(len as u64);
     let pages = len.div_ceil(block_size);
-    let mut kv = KvCache::new(layout, pages + 3);
+    let mut kv = KvCache::new(layout, pages + 3).expect("memory");
     (0..pages + 3).for_each(|page| kv.poison(page as PageId));
     let table: Vec<PageId> = (0..pages as PageId).map(|p| (p * 7 + 2) % (pages as PageId + 3)).collect();
     let table = if (pages + 3).is_multiple_of(7) { (0..pages as PageId).rev().collect() } else { table };
@@ -33,7 +33,7 @@ fn case(len: usize, block_size: usize, window: Option<usize>) -> Case {
     let isa = Isa::detect();
     for t in 0..len {
         let token = t * 80..(t + 1) * 80;
-        write_kv(isa, (layout, kv.as_bits_mut()), (&table, t), (&k[token.clone()], &v[token]));
+        write_kv(isa, (layout, kv.pages_mut()), (&table, t), (&k[token.clone()], &v[token]));
     }
     Case { shape, table, kv, q, k, v, len }
 }
@@ -63,7 +63,7 @@ impl Case {
         };
         let mut out = vec![f32::NAN; count * 240];
         let q = &self.q[first * 240..(first + count) * 240];
-        attention(&cpu, &self.shape, &[segment], (q, self.kv.as_bits(), &mut out));
+        attention(&cpu, &self.shape, &[segment], (q, self.kv.pages(), &mut out));
         out
     }
 }
@@ -118,9 +118,11 @@ fn a_packed_prefix_equals_keys_with_zeroed_channels() {
         let own = case.table.clone();
         let num_packed = packed_layout.num_pages(num_slots);
         let all = case.kv.num_pages();
-        let mut kv = KvCache::new(layout, all + num_packed);
+        let mut kv = KvCache::new(layout, all + num_packed).expect("memory");
         (0..(all + num_packed) as PageId).for_each(|page| kv.poison(page));
-        kv.as_bits_mut()[..all * layout.page_len()].copy_from_slice(case.kv.as_bits());
+        for page in 0..all as PageId {
+            kv.pages_mut().page_mut(page).copy_from_slice(case.kv.pages().page(page));
+        }
         let mut table: Vec<PageId> = (all as PageId..(all + num_packed) as PageId).rev().collect();
         for (index, &page) in own.iter().take(num_slots / block_size).enumerate() {
             kv.pack(page, (&table, index * block_size), &channels);
@@ -134,7 +136,7 @@ fn a_packed_prefix_equals_keys_with_zeroed_channels() {
                 (0..40).filter(|&c| !own.contains(&(c as u8))).for_each(|c| keys[c] = 0.0);
             }
             let v = &case.v[t * 80..(t + 1) * 80];
-            write_kv(Isa::Portable, (layout, case.kv.as_bits_mut()), (&own, t), (token, v));
+            write_kv(Isa::Portable, (layout, case.kv.pages_mut()), (&own, t), (token, v));
         }
         for isa in Isa::available() {
             let cpu = Cpu { pool: Pool::new(2), isa };
@@ -148,7 +150,7 @@ fn a_packed_prefix_equals_keys_with_zeroed_channels() {
                 packed,
             };
             let mut out = vec![f32::NAN; count * 240];
-            attention(&cpu, &case.shape, &[segment], (&case.q[num_slots * 240..], kv.as_bits(), &mut out));
+            attention(&cpu, &case.shape, &[segment], (&case.q[num_slots * 240..], kv.pages(), &mut out));
             for (a, b) in out.iter().zip(case.run(isa, num_slots, count)) {
                 assert!((a - b).abs() < 1e-5, "{isa:?} {block_size}: {a} {b}");
             }
