@@ -9,7 +9,12 @@ use prost::Message;
 const SETS: [(&str, &[&str]); 2] = [
     (
         "rheostat_v1",
-        &["rheostat/v1/generation.proto", "rheostat/v1/models.proto", "rheostat/v1/tokenization.proto"],
+        &[
+            "rheostat/v1/admin.proto",
+            "rheostat/v1/generation.proto",
+            "rheostat/v1/models.proto",
+            "rheostat/v1/tokenization.proto",
+        ],
     ),
     ("inference", &["inference/grpc_predict_v2.proto"]),
 ];

@@ -42,6 +42,14 @@ pub enum ZooError {
     /// A step was given inputs that break the contract of [`crate::models::CausalLm::forward`].
     #[error("invalid step: {0}")]
     Step(String),
+    /// A model cannot be held in the bytes that it was given.
+    #[error("the budget for weights is {budget} bytes ({:.2} MiB); this model needs at least {least} ({:.2} MiB)", mib(*.budget), mib(*.least))]
+    WeightBudget {
+        /// Bytes allowed.
+        budget: u64,
+        /// Bytes that it cannot do without.
+        least: u64,
+    },
     /// The operating system gave no memory.
     #[error("cannot take {bytes} bytes of memory: {source}")]
     Memory {
@@ -53,6 +61,10 @@ pub enum ZooError {
     /// candle refused an operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 impl ZooError {

@@ -31,12 +31,18 @@ pub struct LoadOptions {
     pub threads: NonZeroUsize,
     /// The file of the model that the decoder of a folder is based on, where [`base_of`] names one.
     pub base: Option<PathBuf>,
+    /// Bytes that the weights may take; `None` for all of them.
+    pub weight_budget: Option<u64>,
 }
 
 impl Default for LoadOptions {
     /// As many threads as the machine runs at once.
     fn default() -> Self {
-        Self { threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN), base: None }
+        Self {
+            threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            base: None,
+            weight_budget: None,
+        }
     }
 }
 
@@ -63,7 +69,8 @@ pub enum TokenizerSource {
 ///
 /// # Errors
 /// [`ZooError::Io`] when a file cannot be read, [`ZooError::Format`] when one is malformed or lacks a
-/// tensor, [`ZooError::Unsupported`] when the model needs what is not implemented.
+/// tensor, [`ZooError::Unsupported`] when the model needs what is not implemented, [`ZooError::WeightBudget`] when
+/// it does not fit the budget.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     let metadata = std::fs::metadata(path).map_err(|e| ZooError::io(path, e))?;
     if metadata.is_dir() { load_folder(path, options) } else { load_gguf(path, options) }
@@ -161,7 +168,12 @@ fn build(
     weights: &dyn WeightSource,
     options: &LoadOptions,
 ) -> Result<Box<dyn CausalLm>> {
-    Ok(Box::new(CpuDecoder::load(config, weights, options.threads.get())?))
+    let model = CpuDecoder::load(config, weights, options.threads.get())?;
+    let least = model.dims().weight_bytes as u64;
+    match options.weight_budget {
+        Some(budget) if budget < least => Err(ZooError::WeightBudget { budget, least }),
+        _ => Ok(Box::new(model)),
+    }
 }
 
 /// SHA-256, in hex, over the bytes of the weight files at `path`, in the order of their names: the

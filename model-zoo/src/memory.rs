@@ -25,7 +25,8 @@ impl Region {
             return Ok(Self::default());
         }
         let map = MmapOptions::new().len(len).map_anon();
-        map.map(|map| Self { map: Some(map) }).map_err(|source| ZooError::Memory { bytes: len as u64, source })
+        map.map(|map| Self { map: Some(map) })
+            .map_err(|source| ZooError::Memory { bytes: len as u64, source })
     }
 
     /// Its bytes.

@@ -96,7 +96,7 @@ fn try_gguf(bytes: &[u8], path: &Path) -> bool {
     let Ok(file) = GgufFile::open(path) else { return false };
     read_all(&file);
     // A header may also lie to the decoder about sizes, with tensors of others.
-    load(path, &LoadOptions { threads: NonZeroUsize::MIN, base: None }).is_ok()
+    load(path, &LoadOptions { threads: NonZeroUsize::MIN, ..LoadOptions::default() }).is_ok()
 }
 
 fn try_safetensors(bytes: &[u8], folder: &Path) -> bool {

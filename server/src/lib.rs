@@ -9,12 +9,15 @@
 pub mod admission;
 pub mod cli;
 pub mod config;
+pub mod current;
 pub mod engine;
 pub mod error;
 pub mod governor;
 pub mod grpc;
 pub mod http;
 pub mod images;
+pub mod memory;
+pub mod reload;
 pub mod request;
 pub mod run;
 pub mod scheduler;

@@ -236,7 +236,7 @@ pub enum TokenEvent {
 }
 
 /// What a choice consumed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct ChoiceUsage {
     /// Prompt tokens.
     pub prompt_tokens: usize,
@@ -246,6 +246,21 @@ pub struct ChoiceUsage {
     pub completion_tokens: usize,
     /// What of the model it ran.
     pub work: Work,
+    /// Where the weights can be held in part: by which of them its tokens were made, in order.
+    pub served: Vec<Served>,
+    /// Times that weights were taken from it while it ran.
+    pub moved_down: usize,
+}
+
+/// A part of a choice's output, and the weights by which it was made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Served {
+    /// Blocks of the stack.
+    pub blocks: usize,
+    /// Levels of a matrix on average.
+    pub levels: f32,
+    /// Tokens sampled.
+    pub tokens: usize,
 }
 
 /// What of the model a choice ran, tokens that were computed again after a preemption included.

@@ -13,6 +13,8 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::governor::{Front, Governor};
+use crate::memory::of;
+use crate::reload::Reload;
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, ServedModel};
@@ -79,15 +81,36 @@ pub struct NamedModel {
     pub offer: Offer,
 }
 
-/// Serves `model` until `shutdown`, then lets running requests finish up to the configured deadline.
+/// What acts on a running server from outside.
+pub struct Control<F> {
+    /// Completes when it is to stop.
+    pub shutdown: F,
+    /// Reads the configuration again.
+    pub reload: Option<Reload>,
+}
+
+/// Serves `model` until `shutdown`, as [`run_controlled`] without reloads.
 ///
 /// # Errors
-/// [`RunError`]: the model does not fit the configuration, or a server failed.
+/// As [`run_controlled`].
 pub async fn run(
     config: Config,
     model: NamedModel,
     listeners: Listeners,
     shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
+    run_controlled(config, model, listeners, Control { shutdown, reload: None }).await
+}
+
+/// Serves `model` until `shutdown`, then lets running requests finish up to the configured deadline.
+///
+/// # Errors
+/// [`RunError`]: the model does not fit the configuration, or a server failed.
+pub async fn run_controlled(
+    config: Config,
+    model: NamedModel,
+    listeners: Listeners,
+    control: Control<impl Future<Output = ()>>,
 ) -> Result<(), RunError> {
     let scheduler = scheduler_config(&config, model.loaded.model.dims())?;
     let (service, metrics) = start_service(&config, model, scheduler)?;
@@ -104,6 +127,9 @@ pub async fn run(
     ));
     let grpc =
         tokio::spawn(grpc::serve(listeners.grpc, service.clone(), Arc::clone(&metrics), stopped(stopping)));
+    let reload = control
+        .reload
+        .map(|reload| tokio::spawn(reload.run((service.clone(), Arc::clone(&metrics)), config.clone())));
     let upkeep = tokio::spawn(async move {
         let mut ticks = tokio::time::interval(UPKEEP);
         loop {
@@ -111,7 +137,10 @@ pub async fn run(
             metrics.upkeep();
         }
     });
-    shutdown.await;
+    control.shutdown.await;
+    if let Some(reload) = reload {
+        reload.abort();
+    }
     tracing::info!(deadline_s = config.drain.as_secs(), "stopping: running requests may finish");
     service.drain();
     stop.send_replace(true);
@@ -139,22 +168,29 @@ fn start_service(
     let served = ServedModel {
         model: model.name.clone(),
         architecture: dims.architecture.clone(),
-        weight_bytes: dims.weight_bytes
-            + model.loaded.vision.as_ref().map_or(0, |v| v.encoder.weight_bytes()),
         block_size: scheduler.block_size,
         num_pages: scheduler.num_pages,
-        kv_pool_bytes: scheduler.num_pages * dims.kv_layout(scheduler.block_size).page_bytes(),
     };
     let metrics = Arc::new(Metrics::new(&served, config.metrics_compat));
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let governor = governor(config, &model.offer, (&dims, &metrics));
-    let info = ModelInfo { name: model.name, created, dims, max_model_len, offer: model.offer };
+    let most_model_len = config.engine.max_model_len.unwrap_or(dims.max_context).min(dims.max_context);
+    let info = ModelInfo {
+        name: model.name,
+        created,
+        dims,
+        block_size: scheduler.block_size,
+        most_model_len,
+        max_model_len: max_model_len.into(),
+        offer: model.offer.into(),
+    };
     let service = Service::start(ServiceParts {
         model: model.loaded.model,
         vision: model.loaded.vision,
         tokenizer: Arc::new(model.tokenizer),
         info,
         scheduler,
+        memory: config.memory(),
         limits: config.limits.clone(),
         images: config.images.clone(),
         metrics: Arc::clone(&metrics),
@@ -183,8 +219,9 @@ fn scheduler_config(config: &Config, dims: &ModelDims) -> Result<SchedulerConfig
     if num_pages < dims.num_layers {
         let least = page_bytes * dims.num_layers;
         return Err(RunError::Model(format!(
-            "memory.kv is {} bytes; this model needs at least {least} for one block of tokens",
-            engine.kv_bytes
+            "memory.kv is {}; this model needs at least {}, for one block of tokens",
+            of(engine.kv_bytes),
+            of(least as u64)
         )));
     }
     Ok(SchedulerConfig {

@@ -1,5 +1,7 @@
 //! What the front ends see of everything behind them. `http` and `grpc` convert, call this, convert back.
 
+mod memory;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -11,10 +13,12 @@ use model_zoo::tokenizer::Tokenizer;
 use model_zoo::vision::Vision;
 
 use crate::admission::{Admission, Limits};
+use crate::current::Current;
 use crate::engine::{self, EngineHandle, EngineParts, TokenStream};
 use crate::error::{Error, ErrorKind};
 use crate::governor::Governor;
 use crate::images::{ImageLimits, Images};
+use crate::memory::MemoryTargets;
 use crate::request::RawRequest;
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
@@ -28,13 +32,22 @@ pub struct ModelInfo {
     pub created: u64,
     /// Sizes.
     pub dims: ModelDims,
-    /// Longest sequence served, prompt and output together: the model's, or the operator's limit.
-    pub max_model_len: usize,
+    /// KV slots in a page.
+    pub block_size: usize,
+    /// Longest sequence that could be served with KV enough: the model's, or the operator's limit.
+    pub most_model_len: usize,
+    /// Longest sequence served now, prompt and output together: it follows the KV budget.
+    pub max_model_len: Current<usize>,
     /// What of compression requests may name.
-    pub offer: Offer,
+    pub offer: Current<Offer>,
 }
 
 impl ModelInfo {
+    /// Longest sequence served now. Ask once a request: it may change.
+    pub fn max_model_len(&self) -> usize {
+        *self.max_model_len.get()
+    }
+
     /// Fails unless `name` is this model's or empty.
     ///
     /// # Errors
@@ -78,6 +91,8 @@ pub struct ServiceParts {
     pub info: ModelInfo,
     /// Limits of the scheduler and the size of the KV pool.
     pub scheduler: SchedulerConfig,
+    /// The budgets by which the model was loaded and the pool was sized.
+    pub memory: MemoryTargets,
     /// Limits of requests.
     pub limits: Limits,
     /// Limits of images.
@@ -106,13 +121,31 @@ impl Service {
     /// # Errors
     /// When the operating system refuses a thread.
     pub fn start(parts: ServiceParts) -> std::io::Result<Self> {
-        let ServiceParts { model, vision, tokenizer, info, scheduler, limits, images, metrics, governor } =
-            parts;
+        let ServiceParts {
+            model,
+            vision,
+            tokenizer,
+            info,
+            scheduler,
+            memory,
+            limits,
+            images,
+            metrics,
+            governor,
+        } = parts;
+        let encoder_bytes = vision.as_ref().map_or(0, |vision| vision.encoder.weight_bytes()) as u64;
         let info = Arc::new(info);
         let images = Images::new(vision, images, Arc::clone(&metrics));
         let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits)
             .governed_by(governor.clone());
-        let parts = EngineParts { model, tokenizer: Arc::clone(&tokenizer), scheduler, metrics };
+        let parts = EngineParts {
+            model,
+            encoder_bytes,
+            tokenizer: Arc::clone(&tokenizer),
+            scheduler,
+            memory,
+            metrics,
+        };
         let (engine, thread) = engine::start(parts)?;
         Ok(Self {
             engine,
@@ -148,6 +181,11 @@ impl Service {
     pub fn abort(&self, id: &str) -> Result<(), Error> {
         self.admission.check_live(id)?;
         self.engine.abort(id)
+    }
+
+    /// Bounds requests by `limits` from now on.
+    pub fn set_limits(&self, limits: Limits) {
+        self.admission.set_limits(limits);
     }
 
     /// Whether the server takes requests.

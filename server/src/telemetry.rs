@@ -11,6 +11,7 @@ mod governor;
 pub mod images;
 mod instruments;
 pub mod logs;
+mod memory;
 mod recent;
 mod samples;
 #[cfg(test)]
@@ -24,7 +25,9 @@ use metrics::{Counter, Gauge, Histogram, Label, Unit};
 use model_zoo::compression::options::METHODS;
 pub use recent::Load;
 use recent::Recent;
-pub use samples::{CompressionSample, SchedulerGauges, SequenceTimings, ServedModel, StepPhase, StepSample};
+pub use samples::{
+    CompressionSample, MemoryGauges, SchedulerGauges, SequenceTimings, ServedModel, StepPhase, StepSample,
+};
 
 use crate::request::FinishReason;
 
@@ -214,8 +217,6 @@ const KV_USAGE: Definition = plain(
     "vllm:kv_cache_usage_perc",
     "Share of the KV pool used by sequences, 1 means all",
 );
-const KV_POOL_BYTES: Definition = bytes("rheostat_kv_pool_bytes", "Size of the KV pool");
-const WEIGHT_BYTES: Definition = bytes("rheostat_weight_bytes", "Model weights held in memory");
 const CACHE_CONFIG: Definition =
     plain("", "vllm:cache_config_info", "Geometry of the KV pool, in the labels; the value is 1");
 const BUILD: Definition =
@@ -256,8 +257,6 @@ const DEFINITIONS: &[Definition] = &[
     WAITING,
     KV_PAGES,
     KV_USAGE,
-    KV_POOL_BYTES,
-    WEIGHT_BYTES,
     CACHE_CONFIG,
     BUILD,
     MODEL,
@@ -310,6 +309,7 @@ pub struct Metrics {
     kv_pages: [Paired<Gauge>; 3],
     kv_usage: Paired<Gauge>,
     recent: Recent,
+    memory: memory::MemoryInstruments,
 }
 
 const REASONS: [FinishReason; 4] =
@@ -323,7 +323,7 @@ impl Metrics {
     /// Registers every metric at zero.
     pub fn new(served: &ServedModel, compat: MetricsCompat) -> Self {
         let vllm_model = (compat == MetricsCompat::Vllm).then_some(served.model.as_str());
-        let definitions = [DEFINITIONS, images::DEFINITIONS].concat();
+        let definitions = [DEFINITIONS, images::DEFINITIONS, &memory::DEFINITIONS].concat();
         let instruments = Instruments::new(&definitions, vllm_model);
         let histogram = |def| instruments.histogram(def, Vec::new());
         let counter = |def| instruments.counter(def, Vec::new(), Vec::new());
@@ -369,6 +369,7 @@ impl Metrics {
             kv_usage: gauge(&KV_USAGE),
             images: ImageMetrics::new(&instruments),
             recent: Recent::default(),
+            memory: memory::MemoryInstruments::new(&instruments),
             instruments,
         }
     }
@@ -487,8 +488,6 @@ fn describe_served(instruments: &Instruments, served: &ServedModel) {
     gauge(&BUILD, label("version", env!("CARGO_PKG_VERSION"))).set(1.0);
     let model = [label("model", &*served.model), label("architecture", &*served.architecture)].concat();
     gauge(&MODEL, model).set(1.0);
-    gauge(&KV_POOL_BYTES, Vec::new()).set(served.kv_pool_bytes as f64);
-    gauge(&WEIGHT_BYTES, Vec::new()).set(served.weight_bytes as f64);
     let geometry = [
         label("block_size", served.block_size.to_string()),
         label("num_gpu_blocks", served.num_pages.to_string()),

@@ -18,6 +18,7 @@ use serde_json::json;
 
 use crate::admission::Limits;
 use crate::images::ImageLimits;
+use crate::memory::MemoryTargets;
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
@@ -80,8 +81,10 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
         name: "toy".into(),
         created: 0,
         dims: dims.clone(),
-        max_model_len: dims.max_context,
-        offer: Offer::default(),
+        block_size: 16,
+        most_model_len: dims.max_context,
+        max_model_len: dims.max_context.into(),
+        offer: Offer::default().into(),
     };
     let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
     let parts = ServiceParts {
@@ -96,6 +99,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
             num_pages: 1 << 17,
             prefix_caching: true,
         },
+        memory: MemoryTargets::default(),
         limits: Limits::default(),
         images: ImageLimits::default(),
         metrics: Arc::clone(&metrics),

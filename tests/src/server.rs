@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::Parser;
 use rheostat::config::Config;
 use rheostat::config::options::Options;
-use rheostat::run::{Listeners, run};
+use rheostat::reload::Reload;
+use rheostat::run::{Control, Listeners, run_controlled};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -46,6 +47,7 @@ impl TestServer {
     pub async fn start(flags: &[&str]) -> Self {
         let ports = ["test", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
         let options = Flags::parse_from(ports.iter().chain(flags)).options;
+        let reload = Reload::new(options.clone(), None).expect("signals can be handled");
         let config = Config::resolve(options).expect("the flags are valid");
         let listeners = Listeners::bind(&config).await.expect("port 0 is free");
         let http = listeners.http.local_addr().expect("bound");
@@ -60,7 +62,8 @@ impl TestServer {
             let stopped = async {
                 let _ = stopped.await;
             };
-            run(config, model, listeners, stopped).await.expect("the server runs");
+            let control = Control { shutdown: stopped, reload: Some(reload) };
+            run_controlled(config, model, listeners, control).await.expect("the server runs");
         });
         Self { http, grpc, shutdown, running }
     }

@@ -31,6 +31,20 @@ pub struct Plan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PlanKey(pub u64);
 
+impl PlanKey {
+    /// The class of requests of this plan that are served with the first `blocks` blocks of elastic weights,
+    /// which K and V depend on; this class itself where the weights are not elastic.
+    #[must_use]
+    pub fn served_with(self, blocks: Option<usize>) -> Self {
+        let Some(blocks) = blocks else { return self };
+        // The finaliser of `SplitMix64`, a bijection, so that plans of one count never meet.
+        let mut z = self.0 ^ (blocks as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        Self(z ^ z >> 31)
+    }
+}
+
 /// How many KV slots a sequence needs, layer by layer: what the page accounting knows of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvDemand {

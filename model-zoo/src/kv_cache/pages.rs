@@ -121,12 +121,17 @@ mod tests {
         assert!(resident() - before < 8 * MIB, "untouched pages are not resident");
         (0..all as PageId).for_each(|page| pages.page_mut(page).fill(page as u16 + 1));
         assert!(resident() - before > 60 * MIB);
-        for (num_pages, kept) in [(1000, 1000), (1001, 1000), (257, 257), (700, 257), (255, 255), (0, 0), (3, 0)] {
+        for (num_pages, kept) in
+            [(1000, 1000), (1001, 1000), (257, 257), (700, 257), (255, 255), (0, 0), (3, 0)]
+        {
             pages.resize(num_pages).expect("memory");
             assert_eq!(pages.num_pages(), num_pages);
             for page in 0..num_pages {
                 let expected = if page < kept { page as u16 + 1 } else { 0 };
-                assert!(pages.page(page as PageId).iter().all(|&word| word == expected), "{page} of {num_pages}");
+                assert!(
+                    pages.page(page as PageId).iter().all(|&word| word == expected),
+                    "{page} of {num_pages}"
+                );
             }
             // Other tests of this process allocate, too.
             let bound = num_pages * (12 << 10) + 16 * MIB;

@@ -2,17 +2,24 @@
 //!
 //! It keeps the id and the position of every token in the KV pages, and makes the next token's logits
 //! from a hash of everything that it reads back through the block tables. So any mistake of paging,
-//! prefix sharing or preemption changes the text. It speaks the vocabulary of
+//! prefix sharing or preemption changes the text; with a stack of blocks for weights, so does any mistake about
+//! the blocks that a token was, or is, served with. It speaks the vocabulary of
 //! [`Tokenizer::toy`](crate::tokenizer::Tokenizer::toy), prefers letters, and ends a text now and then.
+
+mod stack;
 
 use std::ops::Range;
 
+pub use stack::ToyStackOptions;
+
+use super::elastic::ElasticWeights;
 use super::{CausalLm, ModelDims};
 use crate::compression::Sublayer;
 use crate::kv_cache::{KvCache, KvLayout, PageId};
 use crate::step::{LogitRows, StepBatch, StepRow};
 use crate::tokenizer::toy::{EOS, VOCAB_SIZE};
 use crate::{Result, ZooError};
+use stack::ToyStack;
 
 const LAYERS: usize = 2;
 /// Of one slot: K and V of two channels, which hold the token's id and its position.
@@ -34,6 +41,8 @@ pub struct ToyOptions {
     pub panics_on: Option<u32>,
     /// The logits after this token are NaN.
     pub nan_on: Option<u32>,
+    /// It has weights that can be held in part.
+    pub stack: Option<ToyStackOptions>,
 }
 
 /// The model. See the module's documentation.
@@ -41,6 +50,7 @@ pub struct ToyOptions {
 pub struct ToyModel {
     dims: ModelDims,
     options: ToyOptions,
+    stack: Option<ToyStack>,
     /// What each logit row of the last step has read; `None` for NaN.
     read: Vec<Option<u64>>,
     logits: Vec<f32>,
@@ -49,6 +59,7 @@ pub struct ToyModel {
 impl ToyModel {
     /// A toy for sequences of up to a million tokens.
     pub fn new(options: ToyOptions) -> Self {
+        let stack = options.stack.map(ToyStack::new);
         let dims = ModelDims {
             architecture: "toy".into(),
             num_layers: LAYERS,
@@ -58,10 +69,10 @@ impl ToyModel {
             head_dim: SLOT_LEN / 2,
             vocab_size: VOCAB_SIZE,
             max_context: 1 << 20,
-            weight_bytes: 0,
+            weight_bytes: stack.as_ref().map_or(0, |stack| stack.bytes_of(stack.held()) as usize),
             sublayer_weights: [1; 2],
         };
-        Self { dims, options, read: Vec::new(), logits: Vec::new() }
+        Self { dims, options, stack, read: Vec::new(), logits: Vec::new() }
     }
 
     /// # Errors
@@ -89,8 +100,16 @@ impl ToyModel {
             {
                 return Err(ZooError::Step(format!("malformed row at position {}", row.first_pos)));
             }
+            if self.stack.as_ref().is_some_and(|stack| self.blocks_of(row) > stack.held()) {
+                return Err(ZooError::Step("a row is served with blocks that are not held".into()));
+            }
         }
         Ok(())
+    }
+
+    /// Blocks that `row` is served with; none without a stack.
+    fn blocks_of(&self, row: &StepRow<'_>) -> usize {
+        self.stack.as_ref().map_or(0, |stack| row.state.blocks.unwrap_or(stack.held()))
     }
 
     /// Reads what `row` sees and keeps what its logit rows need.
@@ -112,7 +131,8 @@ impl ToyModel {
                 LogitRows::All => true,
             };
             if wanted {
-                let read = hash.iter().fold(SEED, |all, &layer| mix(all, layer));
+                let seed = if self.stack.is_some() { mix(SEED, self.blocks_of(row) as u64) } else { SEED };
+                let read = hash.iter().fold(seed, |all, &layer| mix(all, layer));
                 self.read.push((self.options.nan_on != Some(token)).then_some(read));
             }
         }
@@ -134,7 +154,8 @@ impl CausalLm for ToyModel {
         let panics = runs_token(self.options.panics_on);
         // All is written before any is read: rows that write the same page by mistake spoil each other.
         for row in &mut batch.rows {
-            write_row(row, kv);
+            let blocks = self.blocks_of(row);
+            write_row((row, blocks), kv);
         }
         assert!(!panics, "the toy was told to panic");
         self.read.clear();
@@ -154,6 +175,10 @@ impl CausalLm for ToyModel {
         }
         Ok(&self.logits)
     }
+
+    fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
+        self.stack.as_mut().map(|stack| stack as &mut dyn ElasticWeights)
+    }
 }
 
 /// How many of the row's tokens run `layer`, the first ones.
@@ -161,7 +186,8 @@ fn active_len(row: &StepRow<'_>, layer: usize) -> usize {
     row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
 }
 
-fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
+/// Writes what the row's tokens are, where they stand, and the blocks by which they were computed.
+fn write_row((row, blocks): (&mut StepRow<'_>, usize), kv: &mut KvCache) {
     for layer in 0..LAYERS {
         let active = active_len(row, layer);
         for (index, &token) in row.tokens.iter().take(active).enumerate() {
@@ -170,7 +196,7 @@ fn write_row(row: &mut StepRow<'_>, kv: &mut KvCache) {
             let token = row.image_row(index).map_or(u64::from(token), |image| {
                 image.iter().fold(SEED, |hash, value| mix(hash, u64::from(value.to_bits()))) >> 32
             });
-            let word = token << 32 | (row.first_pos + index) as u64;
+            let word = (blocks as u64) << 44 ^ token << 32 | (row.first_pos + index) as u64;
             let bits = [0, 16, 32, 48].map(|shift| (word >> shift) as u16);
             kv.pages_mut().page_mut(page)[start..start + SLOT_LEN].copy_from_slice(&bits);
         }

@@ -1,6 +1,7 @@
 //! The requests that are live: their ids and their permits. The one concurrent map.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
@@ -8,12 +9,46 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{Error, ErrorKind};
 
+/// Permits that there are: more than there can be requests, so that the capacity alone says how many may be live.
+const PERMITS: u32 = 1 << 28;
+
 /// Ids of live requests, and permits for as many as may be live at once.
 #[derive(Debug, Clone)]
 pub struct LiveRequests {
     ids: Arc<DashMap<String, ()>>,
     permits: Arc<Semaphore>,
-    capacity: u32,
+    seats: Arc<Seats>,
+}
+
+/// How many may be live, and how many are.
+#[derive(Debug)]
+struct Seats {
+    capacity: AtomicUsize,
+    taken: AtomicUsize,
+}
+
+/// One of them; free again when it is dropped.
+#[derive(Debug)]
+struct Seat(Arc<Seats>);
+
+impl Seats {
+    fn take(self: &Arc<Self>) -> Result<Seat, Error> {
+        let capacity = self.capacity.load(Ordering::Relaxed);
+        let more = |taken| (taken < capacity).then_some(taken + 1);
+        let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.map(|_| Seat(Arc::clone(self))).map_err(|_| full(capacity))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.taken.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn full(capacity: usize) -> Error {
+    let message = format!("{capacity} requests are queued or running, which is the limit; retry later");
+    Error::new(ErrorKind::Overloaded, message)
 }
 
 /// A live request's id and permit; both are free again when it is dropped.
@@ -21,23 +56,31 @@ pub struct LiveRequests {
 pub(super) struct LiveGuard {
     id: String,
     ids: Arc<DashMap<String, ()>>,
+    _seat: Seat,
     _permit: OwnedSemaphorePermit,
 }
 
 impl LiveRequests {
     /// Room for `capacity` requests.
     pub(super) fn new(capacity: usize) -> Self {
-        let capacity = u32::try_from(capacity).unwrap_or(u32::MAX).max(1);
-        Self { ids: Arc::default(), permits: Arc::new(Semaphore::new(capacity as usize)), capacity }
+        let seats = Seats { capacity: AtomicUsize::new(capacity.max(1)), taken: AtomicUsize::new(0) };
+        Self {
+            ids: Arc::default(),
+            permits: Arc::new(Semaphore::new(PERMITS as usize)),
+            seats: Arc::new(seats),
+        }
+    }
+
+    /// Lets `capacity` requests be live at once. Those that are live already stay, even if they are more.
+    pub(super) fn set_capacity(&self, capacity: usize) {
+        self.seats.capacity.store(capacity.max(1), Ordering::Relaxed);
     }
 
     /// Takes a permit and the id, or makes an id when it is empty.
     pub(super) fn enter(&self, id: &str) -> Result<LiveGuard, Error> {
-        let permit = Arc::clone(&self.permits).try_acquire_owned().map_err(|_| {
-            let message =
-                format!("{} requests are queued or running, which is the limit; retry later", self.capacity);
-            Error::new(ErrorKind::Overloaded, message)
-        })?;
+        let seat = self.seats.take()?;
+        let permit = Arc::clone(&self.permits).try_acquire_owned();
+        let permit = permit.map_err(|_| full(PERMITS as usize))?;
         let id = if id.is_empty() { uuid::Uuid::new_v4().simple().to_string() } else { id.to_owned() };
         match self.ids.entry(id.clone()) {
             Entry::Occupied(_) => {
@@ -45,7 +88,7 @@ impl LiveRequests {
             }
             Entry::Vacant(entry) => {
                 entry.insert(());
-                Ok(LiveGuard { id, ids: Arc::clone(&self.ids), _permit: permit })
+                Ok(LiveGuard { id, ids: Arc::clone(&self.ids), _seat: seat, _permit: permit })
             }
         }
     }
@@ -58,7 +101,7 @@ impl LiveRequests {
     /// Returns when no request is live. New ones may come meanwhile: stop admitting first.
     pub async fn drained(&self) {
         // All permits at once are to be had only when nobody holds one.
-        let _ = self.permits.acquire_many(self.capacity).await;
+        let _ = self.permits.acquire_many(PERMITS).await;
     }
 }
 

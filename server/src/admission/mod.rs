@@ -15,6 +15,7 @@ use std::sync::Arc;
 use model_zoo::compression::{CompressionOptions, Context, Plan, registry};
 use model_zoo::tokenizer::Tokenizer;
 
+use crate::current::Current;
 use crate::engine::Guard;
 use crate::error::{Error, ErrorKind};
 use crate::governor::Governor;
@@ -29,7 +30,7 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 #[derive(Debug)]
 pub struct Admission {
     model: Arc<ModelInfo>,
-    limits: Limits,
+    limits: Current<Limits>,
     prompts: prompt::PromptEncoder,
     images: Images,
     live: LiveRequests,
@@ -41,13 +42,19 @@ impl Admission {
     pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, images: Images, limits: Limits) -> Self {
         let live = LiveRequests::new(limits.max_concurrent_requests);
         let prompts = prompt::PromptEncoder::new(tokenizer, images.token());
-        Self { model, prompts, images, limits, live, governor: None }
+        Self { model, prompts, images, limits: limits.into(), live, governor: None }
     }
 
     /// Lets `governor` choose the profile of `auto` requests; without one they are refused.
     #[must_use]
     pub fn governed_by(self, governor: Option<Arc<Governor>>) -> Self {
         Self { governor, ..self }
+    }
+
+    /// Bounds requests by `limits` from now on; those that are live already stay.
+    pub fn set_limits(&self, limits: Limits) {
+        self.live.set_capacity(limits.max_concurrent_requests);
+        self.limits.set(limits);
     }
 
     /// The requests that are live now.
@@ -61,28 +68,30 @@ impl Admission {
     /// The client's mistakes, named; [`ErrorKind::Overloaded`] when every permit is taken.
     pub async fn admit(&self, raw: RawRequest) -> Result<(GenerateRequest, Guard), Error> {
         self.model.check_name(&raw.model)?;
-        let n = validate::choices(raw.n, &self.limits)?;
+        let limits = self.limits.get();
+        let n = validate::choices(raw.n, &limits)?;
         let mut sampling = raw.sampling;
-        validate::sampling(&sampling, &self.limits, &self.model)?;
-        validate::prompt_size(&raw.prompt, &self.limits)?;
+        validate::sampling(&sampling, &limits, &self.model)?;
+        validate::prompt_size(&raw.prompt, &limits)?;
         let guard = self.live.enter(&raw.id)?;
         let is_chat = matches!(raw.prompt, Prompt::Chat(_));
         let mut prompt = raw.prompt;
         let shown = self.images.embed(take_images(&mut prompt)).await?;
         let prompt = self.prompts.encode(prompt, raw.add_special_tokens).await?;
         let (prompt, images) = self.images.place(prompt, &shown.embeddings)?;
-        validate::tokens(&prompt, &self.model)?;
-        let room = self.model.max_model_len - prompt.len();
+        let longest = self.model.max_model_len();
+        validate::tokens(&prompt, &self.model, longest)?;
+        let room = longest - prompt.len();
         let default = if is_chat { room } else { room.min(DEFAULT_COMPLETION_TOKENS) };
         let max_tokens = match raw.max_tokens {
             None => default,
-            Some(asked) => validate::max_tokens(asked, prompt.len(), &self.model)?,
+            Some(asked) => validate::max_tokens(asked, prompt.len(), longest)?,
         };
         if max_tokens == 0 && !raw.prompt_logprobs && !raw.echo {
             let message = "max_tokens must be at least 1, or 0 together with echo or prompt logprobs";
             return Err(Error::invalid("max_tokens", message));
         }
-        self.limits.check_total(n, max_tokens)?;
+        limits.check_total(n, max_tokens)?;
         let compression = self.governed(raw.compression);
         let plan = self.plan(&compression, prompt.len(), max_tokens)?;
         sampling.seed = Some(sampling.seed.unwrap_or_else(rand::random));
@@ -124,7 +133,7 @@ impl Admission {
             head_dim: dims.head_dim,
             prompt_len,
             max_tokens,
-            offer: &self.model.offer,
+            offer: &self.model.offer.get(),
         };
         registry::compile(options, &context).map_err(|e| {
             let message = e.to_string();

@@ -19,8 +19,15 @@ fn admission(max_concurrent_requests: usize) -> Admission {
         weight_bytes: 0,
         sublayer_weights: [1; 2],
     };
-    let model =
-        ModelInfo { name: "toy".into(), created: 0, dims, max_model_len: 64, offer: Offer::default() };
+    let model = ModelInfo {
+        name: "toy".into(),
+        created: 0,
+        dims,
+        block_size: 16,
+        most_model_len: 64,
+        max_model_len: 64.into(),
+        offer: Offer::default().into(),
+    };
     let limits = Limits { max_concurrent_requests, ..Limits::default() };
     let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
     let images = Images::new(None, ImageLimits::default(), metrics);

@@ -12,11 +12,11 @@ pub(super) fn choices(n: i64, limits: &Limits) -> Result<usize, Error> {
     }
 }
 
-pub(super) fn max_tokens(asked: i64, prompt: usize, model: &ModelInfo) -> Result<usize, Error> {
+/// `limit` is the longest sequence, which the prompt fits.
+pub(super) fn max_tokens(asked: i64, prompt: usize, limit: usize) -> Result<usize, Error> {
     let asked = usize::try_from(asked).map_err(|_| {
         Error::invalid("max_tokens", format!("max_tokens is {asked}; it must not be negative"))
     })?;
-    let limit = model.max_model_len;
     if asked > limit - prompt {
         let message = format!(
             "the model's context is {limit} tokens; the prompt has {prompt} and max_tokens is {asked}: shorten the prompt or lower max_tokens to {}",
@@ -65,11 +65,11 @@ fn json_bytes(value: &serde_json::Value) -> usize {
     }
 }
 
-pub(super) fn tokens(prompt: &[u32], model: &ModelInfo) -> Result<(), Error> {
+pub(super) fn tokens(prompt: &[u32], model: &ModelInfo, limit: usize) -> Result<(), Error> {
     if prompt.is_empty() {
         return Err(Error::invalid("prompt", "the prompt is empty; it needs at least one token"));
     }
-    let (len, limit) = (prompt.len(), model.max_model_len);
+    let len = prompt.len();
     if len > limit {
         let message = format!("the prompt has {len} tokens; the model's context is {limit} tokens");
         return Err(Error::invalid("prompt", message));

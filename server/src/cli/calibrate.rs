@@ -34,7 +34,7 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     logs::init(&options.log, LogFormat::Text)?;
     let text = read_text(&options.text)?;
     let found = options.model.find()?;
-    let (mut loaded, tokenizer) = options.model.load(&found)?;
+    let (mut loaded, tokenizer) = options.model.load(&found, None)?;
     let tokens = tokenizer.encode(&text, false).map_err(|e| e.to_string())?;
     let source = Source {
         model: found.name.clone(),

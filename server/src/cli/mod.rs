@@ -3,7 +3,7 @@
 mod calibrate;
 mod eval;
 mod model;
-mod offer;
+pub(crate) mod offer;
 mod pull;
 mod serve;
 

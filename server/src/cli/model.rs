@@ -64,14 +64,18 @@ impl ModelFlags {
         pull(entry, &pull_options(self.cache.clone())).map(Some).map_err(|e| e.to_string())
     }
 
-    /// Loads what was found.
+    /// Loads what was found, in `weight_budget` bytes at most.
     ///
     /// # Errors
     /// As [`ModelFlags::find`].
-    pub(super) fn load(&self, found: &Found) -> Result<(LoadedModel, Tokenizer), String> {
+    pub(super) fn load(
+        &self,
+        found: &Found,
+        weight_budget: Option<u64>,
+    ) -> Result<(LoadedModel, Tokenizer), String> {
         let begin = std::time::Instant::now();
         let threads = self.threads.unwrap_or(LoadOptions::default().threads);
-        let options = LoadOptions { threads, base: self.base(&found.path)? };
+        let options = LoadOptions { threads, base: self.base(&found.path)?, weight_budget };
         let loaded = load(&found.path, &options).map_err(|e| e.to_string())?;
         let tokenizer =
             Tokenizer::load(&loaded.tokenizer, found.template.as_deref()).map_err(|e| e.to_string())?;
@@ -93,7 +97,7 @@ pub fn open_model(config: &Config) -> Result<NamedModel, String> {
         threads: Some(config.engine.threads),
     };
     let found = flags.find()?;
-    let (loaded, tokenizer) = flags.load(&found)?;
+    let (loaded, tokenizer) = flags.load(&found, config.engine.weight_bytes)?;
     let calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
     let offer = offer::checked(calibration, config.profiles.clone(), loaded.model.dims())?;
     Ok(NamedModel { name: found.name, loaded, tokenizer, offer })

@@ -57,7 +57,7 @@ pub(super) fn calibration(
 ///
 /// # Errors
 /// The profile that does not, and why.
-pub(super) fn checked(
+pub(crate) fn checked(
     calibration: Option<Calibration>,
     profiles: BTreeMap<String, CompressionOptions>,
     dims: &ModelDims,

@@ -2,22 +2,26 @@
 
 use crate::config::Config;
 use crate::config::options::Options;
-use crate::run::{Listeners, run};
+use crate::reload::Reload;
+use crate::run::{Control, Listeners, run_controlled};
+use crate::telemetry::logs::LogFilter;
 use crate::{shutdown, telemetry};
 
 /// Serves until a signal.
 pub(super) fn main(options: Options) -> Result<(), String> {
-    let config = Config::resolve(options).map_err(|e| e.to_string())?;
-    telemetry::logs::init(&config.log_filter, config.log_format)?;
+    let config = Config::resolve(options.clone()).map_err(|e| e.to_string())?;
+    let log = telemetry::logs::init(&config.log_filter, config.log_format)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|e| format!("the async runtime cannot start: {e}"))?;
-    runtime.block_on(serve(config))
+    runtime.block_on(serve(config, (options, log)))
 }
 
-async fn serve(config: Config) -> Result<(), String> {
-    let signal = shutdown::signal().map_err(|e| format!("signals cannot be handled: {e}"))?;
+async fn serve(config: Config, (flags, log): (Options, LogFilter)) -> Result<(), String> {
+    let unhandled = |e| format!("signals cannot be handled: {e}");
+    let shutdown = shutdown::signal().map_err(unhandled)?;
+    let reload = Some(Reload::new(flags, Some(log)).map_err(unhandled)?);
     let listeners = Listeners::bind(&config).await.map_err(|e| e.to_string())?;
     tracing::info!(?config, "configuration");
     let for_model = config.clone();
@@ -28,5 +32,5 @@ async fn serve(config: Config) -> Result<(), String> {
         // Standard output, so that whoever starts the process can read where it listens (port 0).
         println!("serving {} on http://{http} and grpc://{grpc}", model.name);
     }
-    run(config, model, listeners, signal).await.map_err(|e| e.to_string())
+    run_controlled(config, model, listeners, Control { shutdown, reload }).await.map_err(|e| e.to_string())
 }

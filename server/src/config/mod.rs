@@ -20,6 +20,7 @@ use options::{ImageOptions, Options};
 use crate::admission::Limits;
 use crate::governor::AUTO;
 use crate::images::ImageLimits;
+use crate::memory::{MemoryTargets, machine_memory};
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 
@@ -88,6 +89,8 @@ pub struct EngineConfig {
     pub prefix_caching: bool,
     /// Bytes of the KV pool.
     pub kv_bytes: u64,
+    /// Bytes of the weights at most; `None` means all of them.
+    pub weight_bytes: Option<u64>,
 }
 
 /// A configuration that cannot be used, as a sentence.
@@ -146,6 +149,7 @@ impl Config {
                 block_size: engine.block_size.unwrap_or(16),
                 prefix_caching: engine.prefix_caching.unwrap_or(true),
                 kv_bytes: memory.kv.map_or_else(default_kv, ByteSize::bytes),
+                weight_bytes: memory.weights.map(ByteSize::bytes),
             },
             limits: Limits {
                 max_concurrent_requests: limits
@@ -172,6 +176,11 @@ impl Config {
         config.check()?;
         config.governor.check().map_err(ConfigError)?;
         Ok(config)
+    }
+
+    /// The memory budgets.
+    pub fn memory(&self) -> MemoryTargets {
+        MemoryTargets { weights: self.engine.weight_bytes, kv: Some(self.engine.kv_bytes) }
     }
 
     /// One sentence a rule.
@@ -246,11 +255,7 @@ fn cores() -> std::num::NonZeroUsize {
 /// A quarter of the machine's memory, 1 GiB at most. Pages that were never used cost nothing.
 fn default_kv() -> u64 {
     const MOST: u64 = 1 << 30;
-    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
-    });
-    total.map_or(MOST, |kib| (kib * 1024 / 4).min(MOST))
+    machine_memory().map_or(MOST, |bytes| (bytes / 4).min(MOST))
 }
 
 #[cfg(test)]

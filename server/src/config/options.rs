@@ -92,6 +92,8 @@ section! {
     MemoryOptions {
         /// Size of the KV pool [default: a quarter of the machine's memory, 1GiB at most]
         kv: ByteSize = "memory-kv", "RHEOSTAT_MEMORY_KV";
+        /// What the weights may take, of a model that can be held in part [default: all of it]
+        weights: ByteSize = "memory-weights", "RHEOSTAT_MEMORY_WEIGHTS";
     }
 }
 

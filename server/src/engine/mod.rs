@@ -4,6 +4,7 @@
 //! send events. Only this thread touches the device.
 
 mod detokenizer;
+mod memory;
 mod run;
 mod sampler;
 mod sequence;
@@ -21,9 +22,10 @@ use std::thread::JoinHandle;
 
 use model_zoo::models::CausalLm;
 use model_zoo::tokenizer::Tokenizer;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Error, ErrorKind};
+use crate::memory::{MemoryStatus, MemoryTargets};
 use crate::request::{GenerateRequest, TokenEvent};
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
@@ -46,6 +48,13 @@ pub enum Command {
         /// The request's id.
         id: String,
     },
+    /// Change memory budgets.
+    SetMemory {
+        /// The new ones.
+        targets: MemoryTargets,
+        /// The number of the change, which is under way then, or why it is refused.
+        reply: oneshot::Sender<Result<u64, Error>>,
+    },
     /// End every request with [`crate::request::FinishReason::Abort`] and the thread with them.
     Stop,
 }
@@ -58,6 +67,10 @@ pub struct EngineParts {
     pub tokenizer: Arc<Tokenizer>,
     /// Limits of the scheduler and the size of the KV pool.
     pub scheduler: SchedulerConfig,
+    /// Bytes of weights that the front of the server holds beside the model's: an image encoder's.
+    pub encoder_bytes: u64,
+    /// The budgets by which the model was loaded and the pool was sized.
+    pub memory: MemoryTargets,
     /// Where it reports.
     pub metrics: Arc<Metrics>,
 }
@@ -71,15 +84,19 @@ pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<()>)> {
     let (commands, receiver) = mpsc::channel(COMMANDS);
     let kv_layout = parts.model.dims().kv_layout(parts.scheduler.block_size);
     let shared = sequence::Shared { tokenizer: parts.tokenizer, metrics: parts.metrics, kv_layout };
-    let engine = run::Engine::new(parts.model, &parts.scheduler, shared).map_err(io::Error::other)?;
+    let engine = run::Engine::new(parts.model, (&parts.scheduler, parts.memory), shared);
+    let mut engine = engine.map_err(io::Error::other)?;
+    engine.hold_beside(parts.encoder_bytes);
+    let memory = engine.budgets.watch();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(receiver))?;
-    Ok((EngineHandle { commands }, thread))
+    Ok((EngineHandle { commands, memory }, thread))
 }
 
 /// The sending end of the engine thread's command channel. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
+    memory: watch::Receiver<MemoryStatus>,
 }
 
 impl EngineHandle {
@@ -102,6 +119,32 @@ impl EngineHandle {
     /// As [`EngineHandle::generate`].
     pub fn abort(&self, id: &str) -> Result<(), Error> {
         self.send(Command::Abort { id: id.to_owned() })
+    }
+
+    /// What the engine holds, as of its last turn.
+    pub fn memory(&self) -> MemoryStatus {
+        self.memory.borrow().clone()
+    }
+
+    /// Asks the engine for other budgets and returns the number of the change, which is under way then.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a budget that the model cannot be served with; else as
+    /// [`EngineHandle::generate`].
+    pub async fn set_memory(&self, targets: MemoryTargets) -> Result<u64, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::SetMemory { targets, reply })?;
+        answer.await.map_err(|_| Error::new(ErrorKind::Unavailable, "the server is stopping"))?
+    }
+
+    /// Waits until the change of this number is done, has failed, or was replaced by a later one.
+    pub async fn memory_settled(&self, change: u64) {
+        let mut memory = self.memory.clone();
+        let done = |status: &MemoryStatus| {
+            status.change > change || (status.change == change && status.is_settled())
+        };
+        // An error means that the engine has stopped: nothing more will happen.
+        let _ = memory.wait_for(done).await;
     }
 
     /// Whether the engine thread runs.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use model_zoo::compression::KvDemand;
 use model_zoo::kv_cache::KvCache;
@@ -10,8 +11,10 @@ use model_zoo::vision::PromptImage;
 use tokio::sync::mpsc;
 
 use super::Command;
+use super::memory::Budgets;
 use super::sequence::{Choice, Live, Shared};
 use crate::error::{Error, ErrorKind};
+use crate::memory::MemoryTargets;
 use crate::request::{FinishReason, GenerateRequest, TokenEvent};
 use crate::scheduler::{AddError, ImageSpan, Scheduler, SchedulerConfig, SeqId, SequenceSpec};
 use crate::telemetry::SchedulerGauges;
@@ -23,6 +26,7 @@ pub(super) struct Engine {
     pub(super) scheduler: Scheduler,
     pub(super) choices: HashMap<SeqId, Choice>,
     pub(super) shared: Shared,
+    pub(super) budgets: Budgets,
     next_id: u64,
     next_group: u64,
 }
@@ -33,19 +37,24 @@ impl Engine {
     /// # Errors
     /// When there is no memory for the pool.
     pub(super) fn new(
-        model: Box<dyn CausalLm>,
-        config: &SchedulerConfig,
+        mut model: Box<dyn CausalLm>,
+        (config, memory): (&SchedulerConfig, MemoryTargets),
         shared: Shared,
     ) -> model_zoo::Result<Self> {
         let kv = KvCache::new(model.dims().kv_layout(config.block_size), config.num_pages)?;
+        let blocks = model.elastic().map_or(0, |elastic| elastic.held());
+        let budgets = Budgets::new(memory, (blocks, config.num_pages, kv.layout().page_bytes()));
         let scheduler = Scheduler::new(config.clone());
-        Ok(Self { model, kv, scheduler, choices: HashMap::new(), shared, next_id: 0, next_group: 0 })
+        let choices = HashMap::new();
+        let mut engine = Self { model, kv, scheduler, choices, shared, budgets, next_id: 0, next_group: 0 };
+        engine.report_memory();
+        Ok(engine)
     }
 
     /// Runs until every sender of `commands` is gone and all work is done, or a `Stop` came.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
-            if !self.scheduler.has_work() {
+            if !self.scheduler.has_work() && !self.is_memory_pending() {
                 self.report();
                 match commands.blocking_recv() {
                     Some(Command::Stop) | None => return,
@@ -63,12 +72,14 @@ impl Engine {
         }
     }
 
-    /// Drops what was cancelled, runs a step if there is work, and reports.
+    /// Drops what was cancelled, runs a step if there is work, comes nearer to the memory budgets, and reports.
     pub(super) fn turn(&mut self) {
         self.drop_cancelled();
-        if self.scheduler.has_work() {
+        let begin = self.scheduler.has_work().then(Instant::now);
+        if begin.is_some() {
             self.step();
         }
+        self.adjust_memory(begin.map(|begin| begin.elapsed()));
         self.report();
     }
 
@@ -76,6 +87,10 @@ impl Engine {
         match command {
             Command::Generate { request, events } => self.add(request, events),
             Command::Abort { id } => self.abort_where(|choice| choice.live.request.id == id),
+            Command::SetMemory { targets, reply } => {
+                // Nobody waits any more for the answer of a request that went away.
+                let _ = reply.send(self.set_memory(&targets));
+            }
             // The loop ends before it gets here.
             Command::Stop => {}
         }
@@ -90,11 +105,17 @@ impl Engine {
         for index in 0..live.request.n {
             let id = SeqId(self.next_id);
             self.next_id += 1;
-            if let Err(error) = self.scheduler.add(spec(&live.request, id, group, index)) {
+            let pin = self.pin(&live.request);
+            let spec = spec(&live.request, (id, group, index), pin.map(|(blocks, _)| blocks));
+            if let Err(error) = self.scheduler.add(spec) {
                 added.into_iter().for_each(|id| self.remove(id));
                 return live.send(TokenEvent::Failed(refusal(error)));
             }
-            self.choices.insert(id, Choice::new(&live, index, &self.shared));
+            let mut choice = Choice::new(&live, index, &self.shared);
+            if let Some((blocks, levels)) = pin {
+                choice.serve_with(blocks, levels);
+            }
+            self.choices.insert(id, choice);
             added.push(id);
         }
     }
@@ -122,7 +143,8 @@ impl Engine {
         }
     }
 
-    fn report(&self) {
+    fn report(&mut self) {
+        self.report_memory();
         let stats = self.scheduler.stats();
         self.shared.metrics.scheduler(&SchedulerGauges {
             running: stats.running,
@@ -134,7 +156,11 @@ impl Engine {
     }
 }
 
-fn spec(request: &GenerateRequest, id: SeqId, group: u64, index: usize) -> SequenceSpec {
+fn spec(
+    request: &GenerateRequest,
+    (id, group, index): (SeqId, u64, usize),
+    blocks: Option<usize>,
+) -> SequenceSpec {
     let demand: KvDemand = request.plan.kv_demand();
     SequenceSpec {
         id,
@@ -143,7 +169,7 @@ fn spec(request: &GenerateRequest, id: SeqId, group: u64, index: usize) -> Seque
         images: request.images.iter().map(span).collect(),
         max_tokens: request.max_tokens,
         demand,
-        plan_key: request.plan.key(),
+        plan_key: request.plan.key().served_with(blocks),
         cache_salt: request.cache_salt,
         // One choice scores the prompt; its siblings share what it computed.
         bypass_prefix_cache: request.prompt_logprobs && index == 0,

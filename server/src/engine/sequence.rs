@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::detokenizer::Detokenizer;
 use super::sampler::Sampler;
 use super::stop::{Released, StopMatcher};
-use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, TokenEvent, TokenLogprob, Work};
+use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, Served, TokenEvent, TokenLogprob, Work};
 use crate::telemetry::{CompressionSample, Metrics, SequenceTimings};
 
 /// A request that the engine runs.
@@ -80,6 +80,9 @@ pub(super) struct Choice {
     tokens_run: u64,
     kv_layout: KvLayout,
     cached_tokens: usize,
+    /// By which weights its tokens were made, where the weights are elastic; the last entry is under way.
+    served: Vec<Served>,
+    moved_down: usize,
     clock: Clock,
     metrics: Arc<Metrics>,
     /// Why it ended, once it has: what [`Drop`] reports.
@@ -127,6 +130,8 @@ impl Choice {
             tokens_run: 0,
             kv_layout: shared.kv_layout,
             cached_tokens: 0,
+            served: Vec::new(),
+            moved_down: 0,
             clock: Clock::default(),
             metrics: Arc::clone(&shared.metrics),
             outcome: FinishReason::Abort,
@@ -149,6 +154,29 @@ impl Choice {
     pub(super) fn ran(&mut self, tokens: usize, state: RowState) {
         self.tokens_run += tokens as u64;
         self.state = state;
+    }
+
+    /// It is served with these blocks of elastic weights from now on, of `levels` levels on average.
+    pub(super) fn serve_with(&mut self, blocks: usize, levels: f32) {
+        self.state.blocks = Some(blocks);
+        match self.clock.started {
+            // What it was promised before it ran, it never had.
+            None => self.served.clear(),
+            Some(_) => self.moved_down += 1,
+        }
+        self.served = self.served();
+        self.served.push(Served { blocks, levels, tokens: 0 });
+    }
+
+    /// The parts of its output, with the blocks by which each was made; parts without a token are left out.
+    fn served(&self) -> Vec<Served> {
+        let mut served = self.served.clone();
+        let before: usize = served.iter().map(|part| part.tokens).sum();
+        if let Some(last) = served.last_mut() {
+            last.tokens = self.sampled - before;
+        }
+        served.retain(|part| part.tokens > 0);
+        served
     }
 
     fn work(&self) -> Work {
@@ -262,6 +290,8 @@ impl Choice {
             cached_tokens: self.cached_tokens,
             completion_tokens: self.sampled,
             work: self.work(),
+            served: self.served(),
+            moved_down: self.moved_down,
         };
         self.live.send(TokenEvent::Finished { choice: self.index, reason, stop, usage });
     }

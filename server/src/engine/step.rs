@@ -32,6 +32,7 @@ impl Engine {
     /// Runs one step of whatever the scheduler chose.
     pub(super) fn step(&mut self) {
         let begin = Instant::now();
+        self.move_storage();
         let plan = self.scheduler.schedule();
         self.seal();
         self.note_preempted(&plan);

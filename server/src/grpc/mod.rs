@@ -1,12 +1,13 @@
 //! The gRPC front end: it converts messages, calls [`Service`], and converts back.
 //!
-//! One file a service: `generation`, `tokenization`, `models` of `rheostat.v1`; `inference`, the
+//! One file a service: `generation`, `tokenization`, `models`, `admin` of `rheostat.v1`; `inference`, the
 //! Open Inference Protocol; `health`; and reflection, in both versions that clients ask for. Around all
 //! of them lies `call`, which keeps deadlines and counts outcomes.
 //!
 //! Invariant: a call owns its request. A call that is cancelled is dropped, with it its
 //! [`crate::engine::TokenStream`], and with that the request.
 
+mod admin;
 mod call;
 mod completion;
 mod generation;
@@ -26,8 +27,8 @@ use std::time::Duration;
 
 use rheostat_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use rheostat_proto::rheostat::v1::{
-    generation_service_server::GenerationServiceServer, model_service_server::ModelServiceServer,
-    tokenization_service_server::TokenizationServiceServer,
+    admin_service_server::AdminServiceServer, generation_service_server::GenerationServiceServer,
+    model_service_server::ModelServiceServer, tokenization_service_server::TokenizationServiceServer,
 };
 use rheostat_proto::{FILE_DESCRIPTOR_SETS, method_paths};
 use tokio::net::TcpListener;
@@ -77,6 +78,7 @@ pub async fn serve(
     let generation = generation::Generation::new(service.clone());
     let tokenization = tokenization::Tokenization::new(service.clone());
     let models = models::Models::new(service.clone());
+    let admin = admin::Admin::new(service.clone());
     let inference = inference::Inference::new(service.clone(), stopping.clone());
     let health = health::Readiness::new(service, stopping);
     Server::builder()
@@ -90,6 +92,7 @@ pub async fn serve(
             TokenizationServiceServer::new(tokenization).max_decoding_message_size(MAX_MESSAGE_BYTES),
         )
         .add_service(ModelServiceServer::new(models).max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(AdminServiceServer::new(admin).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(GrpcInferenceServiceServer::new(inference).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(HealthServer::new(health))
         .add_service(reflection().build_v1()?)

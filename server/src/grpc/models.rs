@@ -25,9 +25,9 @@ impl Models {
             name: model.name.clone(),
             architecture: model.dims.architecture.clone(),
             created_unix_seconds: i64::try_from(model.created).unwrap_or(i64::MAX),
-            max_model_len: model.max_model_len as u32,
+            max_model_len: model.max_model_len() as u32,
             vocab_size: model.dims.vocab_size as u32,
-            profiles: model.offer.profile_names(),
+            profiles: model.offer.get().profile_names(),
             dims: Some(ModelDims {
                 num_layers: model.dims.num_layers as u32,
                 hidden_size: model.dims.hidden_size as u32,

@@ -91,7 +91,7 @@ fn tokenize(service: &Service, request: TokenizeRequest) -> Result<TokenizeRespo
         true => token_ids.iter().map(|&id| tokenizer.id_to_token(id).unwrap_or_default()).collect(),
         false => Vec::new(),
     };
-    Ok(TokenizeResponse { token_ids, tokens, max_model_len: service.model().max_model_len as u32 })
+    Ok(TokenizeResponse { token_ids, tokens, max_model_len: service.model().max_model_len() as u32 })
 }
 
 fn detokenize(service: &Service, request: &DetokenizeRequest) -> Result<DetokenizeResponse, Error> {

@@ -11,6 +11,7 @@ mod completions;
 mod error;
 mod generation;
 mod json;
+mod memory;
 mod models;
 mod openapi;
 mod server;
@@ -66,6 +67,7 @@ fn router(state: AppState) -> Router {
         .route("/version", get(admin::version))
         .route("/openapi.json", get(openapi::document))
         .route("/admin/requests/{id}/abort", post(admin::abort))
+        .route("/admin/memory", get(memory::show).put(memory::change))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
         .layer(limit)

@@ -35,8 +35,8 @@ fn model(state: &AppState) -> Model {
         object: "model",
         created: info.created,
         owned_by: "rheostat",
-        max_model_len: info.max_model_len,
-        profiles: info.offer.profile_names(),
+        max_model_len: info.max_model_len(),
+        profiles: info.offer.get().profile_names(),
     }
 }
 

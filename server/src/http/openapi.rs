@@ -19,6 +19,8 @@ use utoipa::OpenApi;
         super::admin::metrics,
         super::admin::version,
         super::admin::abort,
+        super::memory::show,
+        super::memory::change,
     )
 )]
 struct Api;

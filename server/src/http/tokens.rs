@@ -64,7 +64,7 @@ pub(super) async fn tokenize(
         Ok((tokens, strings))
     })
     .await?;
-    let max_model_len = state.service.model().max_model_len;
+    let max_model_len = state.service.model().max_model_len();
     Ok(Json(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs }))
 }
 
@@ -124,7 +124,7 @@ pub(super) async fn info(State(state): State<AppState>) -> Json<Value> {
         "pad_token": info.pad_token,
         "unk_token": info.unk_token,
         "chat_template": info.chat_template,
-        "model_max_length": state.service.model().max_model_len,
+        "model_max_length": state.service.model().max_model_len(),
         "vocab_size": state.service.tokenizer().vocab_size(),
     }))
 }

@@ -266,15 +266,12 @@ impl KvPages {
         (start + self.block_size..=end).step_by(self.block_size).find(|&t| self.is_border(demand, t))
     }
 
-    /// Changes the pool to pages `0..num_pages`. No sequence may hold a page beyond.
+    /// Changes the pool to pages `0..num_pages`. Neither a sequence nor the cache may hold a page beyond.
     pub(super) fn resize(&mut self, num_pages: usize) {
-        let limit = page_limit(num_pages);
-        let pages = self.cache.evict_from(limit);
-        self.give_back(pages);
-        self.pool.resize(limit);
+        self.pool.resize(page_limit(num_pages));
     }
 
-    fn give_back(&mut self, pages: impl IntoIterator<Item = LayerPage>) {
+    pub(super) fn give_back(&mut self, pages: impl IntoIterator<Item = LayerPage>) {
         for held in pages {
             self.pool.give_back(held.page);
         }

@@ -35,6 +35,7 @@ mod stats;
 mod tests;
 mod waiting_queue;
 
+pub use resize::PageCopy;
 pub use stats::SchedulerStats;
 
 use std::sync::Arc;
@@ -170,6 +171,8 @@ pub struct Scheduler {
     plan: Option<StepPlan>,
     /// Preempted since the last plan.
     preempted: Vec<SeqId>,
+    /// Copies that shrinking has left to be made.
+    copies: Vec<PageCopy>,
     /// Preempted in plans that were not committed.
     reported: Vec<SeqId>,
     counters: Counters,
@@ -190,6 +193,7 @@ impl Scheduler {
             waiting: WaitingQueue::default(),
             plan: None,
             preempted: Vec::new(),
+            copies: Vec::new(),
             reported: Vec::new(),
             counters: Counters::default(),
         }

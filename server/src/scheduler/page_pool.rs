@@ -29,6 +29,12 @@ impl PagePool {
         self.returned.len() + (self.limit - self.num_touched) as usize
     }
 
+    /// Free pages below `limit`.
+    pub(super) fn num_free_below(&self, limit: PageId) -> usize {
+        let returned = self.returned.iter().filter(|&&Reverse(page)| page < limit).count();
+        returned + limit.min(self.limit).saturating_sub(self.num_touched) as usize
+    }
+
     /// Takes the lowest free page.
     pub(super) fn take(&mut self) -> Option<PageId> {
         if let Some(Reverse(page)) = self.returned.pop() {

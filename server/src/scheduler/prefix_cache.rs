@@ -156,6 +156,13 @@ impl PrefixCache {
         pages
     }
 
+    /// Replaces the pages of a block that are in `target`.
+    pub(super) fn relocate(&mut self, id: BlockId, target: &HashMap<PageId, PageId>) {
+        for held in &mut self.block_mut(id).pages {
+            held.page = target.get(&held.page).copied().unwrap_or(held.page);
+        }
+    }
+
     fn remove(&mut self, id: BlockId) -> Box<[LayerPage]> {
         let block = self.blocks.remove(&id).expect("invariant: idle and child blocks exist");
         self.idle.remove(&block.idle_since);

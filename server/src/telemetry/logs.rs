@@ -1,6 +1,8 @@
 //! Structured logs on standard error, as text for people or JSON for machines.
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, clap::ValueEnum)]
@@ -13,18 +15,40 @@ pub enum LogFormat {
     Json,
 }
 
-/// Installs the process's log subscriber; only `main` calls this. `filter` is a level (`info`) or
-/// directives (`info,rheostat::http=debug`).
+/// The filter of the installed subscriber, which can be replaced.
+#[derive(Debug, Clone)]
+pub struct LogFilter(reload::Handle<EnvFilter, Registry>);
+
+impl LogFilter {
+    /// Filters by `filter` from now on.
+    ///
+    /// # Errors
+    /// A sentence, when the subscriber is gone.
+    pub fn set(&self, filter: EnvFilter) -> Result<(), String> {
+        self.0.reload(filter).map_err(|e| format!("the log filter cannot be replaced: {e}"))
+    }
+}
+
+/// Reads a level (`info`) or directives (`info,rheostat::http=debug`).
+///
+/// # Errors
+/// A sentence, when `filter` is neither.
+pub fn parse(filter: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(filter).map_err(|e| format!("log.filter {filter:?} is not a filter: {e}"))
+}
+
+/// Installs the process's log subscriber; only `main` calls this. `filter` is what [`parse`] reads.
 ///
 /// # Errors
 /// A sentence, when `filter` cannot be parsed or a subscriber is installed already.
-pub fn init(filter: &str, format: LogFormat) -> Result<(), String> {
-    let filter =
-        EnvFilter::try_new(filter).map_err(|e| format!("log.filter {filter:?} is not a filter: {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+pub fn init(filter: &str, format: LogFormat) -> Result<LogFilter, String> {
+    let (filter, handle) = reload::Layer::new(parse(filter)?);
+    let registry = tracing_subscriber::registry().with(filter);
+    let lines = fmt::layer().with_writer(std::io::stderr);
     match format {
-        LogFormat::Text => builder.with_target(false).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Text => registry.with(lines.with_target(false)).try_init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
     }
-    .map_err(|e| format!("logging cannot start: {e}"))
+    .map_err(|e| format!("logging cannot start: {e}"))?;
+    Ok(LogFilter(handle))
 }

@@ -11,14 +11,10 @@ pub struct ServedModel {
     pub model: String,
     /// Architecture name.
     pub architecture: String,
-    /// Bytes of weights held in memory.
-    pub weight_bytes: usize,
     /// KV slots in a page.
     pub block_size: usize,
     /// Pages in the KV pool.
     pub num_pages: usize,
-    /// Bytes of the KV pool.
-    pub kv_pool_bytes: usize,
 }
 
 /// The parts of an engine step that are timed.
@@ -73,6 +69,17 @@ pub struct SchedulerGauges {
     pub pages_cached: usize,
     /// Pages that hold nothing.
     pub pages_free: usize,
+}
+
+/// What of the machine's memory is allowed and held, weights then KV.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MemoryGauges {
+    /// Bytes that the operator allows.
+    pub budget: [u64; 2],
+    /// Bytes held: weights, and the KV pool.
+    pub held: [u64; 2],
+    /// Blocks of elastic weights: held, and all.
+    pub blocks: [usize; 2],
 }
 
 /// What a finished sequence ran and left out, in sublayers over all its tokens.

@@ -48,7 +48,7 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     let text = read_text(&options.text)?;
     let plans = read_plans(options)?;
     let found = options.model.find()?;
-    let (mut loaded, tokenizer) = options.model.load(&found)?;
+    let (mut loaded, tokenizer) = options.model.load(&found, None)?;
     let dims = loaded.model.dims().clone();
     let calibration = offer::calibration(&found, options.calibration.as_deref(), &dims)?;
     let offer = offer::checked(calibration, std::collections::BTreeMap::new(), &dims)?;

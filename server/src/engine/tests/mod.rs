@@ -5,6 +5,7 @@ mod batching;
 mod cancel;
 mod failures;
 mod images;
+mod memory;
 
 use std::sync::Arc;
 
@@ -18,6 +19,7 @@ use super::run::Engine;
 use super::sequence::Shared;
 use super::{Command, TokenStream};
 use crate::error::Error;
+use crate::memory::MemoryTargets;
 use crate::request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprob};
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
@@ -95,7 +97,8 @@ impl Bench {
             metrics: Arc::clone(&metrics),
             kv_layout: model.dims().kv_layout(config.block_size),
         };
-        let engine = Engine::new(Box::new(model), config, shared).expect("memory for the pool");
+        let engine = Engine::new(Box::new(model), (config, MemoryTargets::default()), shared)
+            .expect("memory for the pool");
         Self { engine, metrics }
     }
 

@@ -7,7 +7,7 @@ use model_zoo::compression::options::{
 use rheostat_proto::rheostat::v1;
 
 use crate::error::Error;
-use crate::request::Work;
+use crate::request::{ChoiceUsage, Work};
 
 /// Methods that are on the wire but not in the zoo are refused, never dropped: a client that asks for
 /// less of the model must not be answered by all of it unawares.
@@ -78,9 +78,35 @@ fn of_ffn_skip(wire: v1::FfnSkip) -> Result<FfnSkip, Error> {
     })
 }
 
+/// By which weights a request's choices were made.
+#[derive(Debug, Clone, Default)]
+pub(super) struct WeightUse {
+    served: Vec<v1::ServedPart>,
+    moved_down: u32,
+}
+
+impl WeightUse {
+    /// Adds a finished choice.
+    pub(super) fn add(&mut self, choice: usize, usage: &ChoiceUsage) {
+        self.moved_down += usage.moved_down as u32;
+        self.served.extend(usage.served.iter().map(|part| v1::ServedPart {
+            choice: choice as u32,
+            blocks: part.blocks as u64,
+            levels: part.levels,
+            completion_tokens: part.tokens as u32,
+        }));
+    }
+}
+
 /// The work of a request that ran `plan`, which comes from `profile`.
-pub(super) fn usage((profile, plan): (&str, &CompressionOptions), work: Work) -> v1::CompressionUsage {
+pub(super) fn usage(
+    (profile, plan): (&str, &CompressionOptions),
+    work: Work,
+    weights: WeightUse,
+) -> v1::CompressionUsage {
     v1::CompressionUsage {
+        served: weights.served,
+        moved_down: weights.moved_down,
         plan: Some(wire(plan)),
         attention_layers_run: work.attention_layers,
         ffn_layers_run: work.ffn_layers,

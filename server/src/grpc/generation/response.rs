@@ -7,12 +7,12 @@ use model_zoo::tokenizer::Tokenizer;
 use rheostat_proto::rheostat::v1;
 
 use crate::error::Error;
-use crate::request::{ChoiceUsage, FinishReason, RawRequest, TokenLogprob, Work};
+use crate::request::{FinishReason, RawRequest, TokenLogprob, Work};
 use crate::service::{Admitted, Service};
 
 use super::super::completion::{ChoiceOutput, Completion};
 use super::super::status;
-use super::compression;
+use super::compression::{self, WeightUse};
 
 /// What of the optional parts a request asked for.
 #[derive(Debug, Clone, Copy)]
@@ -68,10 +68,13 @@ impl Wire {
     /// # Errors
     /// As [`Wire::prompt`].
     pub(super) fn response(&self, id: &str, completion: Completion) -> Result<v1::GenerateResponse, Error> {
-        let first = completion.choices.first().map(|choice| choice.usage).unwrap_or_default();
-        let mut work = Work::default();
-        completion.choices.iter().for_each(|choice| work += choice.usage.work);
-        let usage = self.usage(first, completion.completion_tokens(), work);
+        let cached = completion.choices.first().map_or(0, |choice| choice.usage.cached_tokens);
+        let (mut work, mut weights) = (Work::default(), WeightUse::default());
+        for (index, choice) in completion.choices.iter().enumerate() {
+            work += choice.usage.work;
+            weights.add(index, &choice.usage);
+        }
+        let usage = self.usage(cached, completion.completion_tokens(), (work, weights));
         let prompt = match self.asked.echo || self.asked.prompt_logprobs {
             true => Some(self.prompt(completion.prompt.as_deref().unwrap_or_default())?),
             false => None,
@@ -97,14 +100,19 @@ impl Wire {
         }
     }
 
-    /// The whole request's usage: the prompt once, as its first choice found it, and every choice's
-    /// tokens and work.
-    pub(super) fn usage(&self, first: ChoiceUsage, completion_tokens: usize, work: Work) -> v1::Usage {
+    /// The whole request's usage: the prompt once, of which its first choice found `cached` tokens in the prefix
+    /// cache, and every choice's tokens and work.
+    pub(super) fn usage(
+        &self,
+        cached: usize,
+        completion_tokens: usize,
+        (work, weights): (Work, WeightUse),
+    ) -> v1::Usage {
         v1::Usage {
             prompt_tokens: self.prompt_tokens(),
-            cached_tokens: first.cached_tokens as u32,
+            cached_tokens: cached as u32,
             completion_tokens: completion_tokens as u32,
-            compression: Some(compression::usage((&self.profile, self.plan.options()), work)),
+            compression: Some(compression::usage((&self.profile, self.plan.options()), work, weights)),
         }
     }
 

@@ -6,10 +6,11 @@ use rheostat_proto::rheostat::v1::generate_stream_response::Event;
 use tonic::Status;
 
 use crate::error::Error;
-use crate::request::{ChoiceUsage, TokenEvent, Work};
+use crate::request::{TokenEvent, Work};
 use crate::service::Admitted;
 
 use super::super::status;
+use super::compression::WeightUse;
 use super::response::{Wire, finish_reason};
 
 type Response = Result<v1::GenerateStreamResponse, Status>;
@@ -18,8 +19,14 @@ type Response = Result<v1::GenerateStreamResponse, Status>;
 pub(super) fn responses(admitted: Admitted, wire: Wire) -> impl Stream<Item = Response> + Send {
     let opening = stream::iter(opening(&admitted.id, &wire));
     let open = wire.asked.n;
-    let first = ChoiceUsage::default();
-    let mut progress = Progress { wire, open, first, completion_tokens: 0, work: Work::default() };
+    let mut progress = Progress {
+        wire,
+        open,
+        cached_tokens: 0,
+        completion_tokens: 0,
+        work: Work::default(),
+        weights: WeightUse::default(),
+    };
     // The end of the events is itself an event: it tells a complete request from a lost engine.
     let events = admitted.stream.map(Some).chain(stream::once(std::future::ready(None)));
     opening.chain(events.flat_map(move |event| stream::iter([progress.take(event)])))
@@ -44,9 +51,11 @@ struct Progress {
     wire: Wire,
     /// Choices that have not ended.
     open: usize,
-    first: ChoiceUsage,
+    /// Of the prompt, as its first choice found it.
+    cached_tokens: usize,
     completion_tokens: usize,
     work: Work,
+    weights: WeightUse,
 }
 
 impl Progress {
@@ -64,8 +73,9 @@ impl Progress {
                 self.open = self.open.saturating_sub(1);
                 self.completion_tokens += usage.completion_tokens;
                 self.work += usage.work;
+                self.weights.add(choice, &usage);
                 if choice == 0 {
-                    self.first = usage;
+                    self.cached_tokens = usage.cached_tokens;
                 }
                 event(Event::Finished(v1::Finished {
                     index: choice as u32,
@@ -77,7 +87,8 @@ impl Progress {
             Some(TokenEvent::Failed(error)) => Err(error.into()),
             None if self.open > 0 => Err(status::engine_stopped().into()),
             None => {
-                let usage = self.wire.usage(self.first, self.completion_tokens, self.work);
+                let weights = std::mem::take(&mut self.weights);
+                let usage = self.wire.usage(self.cached_tokens, self.completion_tokens, (self.work, weights));
                 event(Event::Completed(v1::Completed { usage: Some(usage) }))
             }
         }

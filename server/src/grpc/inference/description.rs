@@ -70,7 +70,7 @@ pub(super) fn config(model: &ModelInfo) -> ModelConfig {
     };
     let parameters = [
         ("architecture", model.dims.architecture.clone()),
-        ("max_model_len", model.max_model_len.to_string()),
+        ("max_model_len", model.max_model_len().to_string()),
     ];
     let parameter = |(name, value): (&str, String)| (name.to_owned(), ModelParameter { string_value: value });
     let mut inputs = vec![input(&TEXT_INPUT, false)];

@@ -36,6 +36,30 @@ pub(crate) struct CompressionUsage {
     dense_layers: u64,
     /// Bytes of KV at the end, over all choices.
     kv_bytes: u64,
+    /// By which weights the tokens were made, of a model whose weights can be held in part.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<WeightUsage>,
+}
+
+/// The weights that a request was served with.
+#[derive(Debug, Default, Clone, Serialize, ToSchema)]
+pub(crate) struct WeightUsage {
+    /// Times that a choice lost weights while it ran, and was computed again with fewer.
+    moved_down: usize,
+    /// The parts of the output, of each choice in order.
+    served: Vec<ServedPart>,
+}
+
+/// A part of a choice's output.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub(crate) struct ServedPart {
+    choice: usize,
+    /// Blocks of weights over the base.
+    blocks: usize,
+    /// Levels of a matrix on average.
+    levels: f32,
+    /// Tokens sampled.
+    completion_tokens: usize,
 }
 
 /// Of the prompt tokens.
@@ -68,6 +92,16 @@ impl Usage {
         sum.ffn_layers_skipped += work.ffns_skipped;
         sum.dense_layers += work.dense_layers;
         sum.kv_bytes += work.kv_bytes;
+        if !usage.served.is_empty() {
+            let weights = sum.weights.get_or_insert_default();
+            weights.moved_down += usage.moved_down;
+            weights.served.extend(usage.served.iter().map(|part| ServedPart {
+                choice,
+                blocks: part.blocks,
+                levels: part.levels,
+                completion_tokens: part.tokens,
+            }));
+        }
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
     }
 }

@@ -200,13 +200,36 @@ fn shrinking_evicts_then_preempts_and_never_fails_a_sequence() {
         step
         => A[9..10]* B[9..10]* | used 6 cached 2 free 0
         resize 2
-        => 4 pages | used 0 cached 4 free 0
+        => 4 pages | used 3 cached 0 free 1
         step
-        => A[8..11]* -B -A | used 3 cached 1 free 0
+        => A[10..11]* -B | used 3 cached 0 free 1
         run
         => 11 steps | used 0 cached 2 free 0
         stats
-        => running 0 waiting 0 hits 0/27 preemptions 2
+        => running 0 waiting 0 hits 0/27 preemptions 1
+        ",
+    );
+}
+
+#[test]
+fn what_lies_beyond_a_shrunk_pool_moves_below_and_nobody_is_preempted() {
+    check(
+        "batched=32 pages=16",
+        "
+        add A a9 max=8
+        add B b9 max=8
+        step
+        => A[0..9]* B[0..9]* | used 6 cached 0 free 10
+        abort A
+        => used 3 cached 2 free 11
+        resize 4
+        => 4 pages | used 3 cached 1 free 0
+        step
+        => B[9..10]* | used 3 cached 1 free 0
+        run
+        => 6 steps | used 0 cached 4 free 0
+        stats
+        => running 0 waiting 0 hits 0/18 preemptions 0
         ",
     );
 }

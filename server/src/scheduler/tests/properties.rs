@@ -24,6 +24,8 @@ enum Op {
     Abort(prop::sample::Index),
     Stop(prop::sample::Index),
     Resize(usize),
+    /// A sequence gets another key.
+    Recompute(prop::sample::Index, u64),
 }
 
 #[derive(Debug, Clone)]
@@ -66,6 +68,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => index().prop_map(Op::Abort),
         1 => request().prop_map(Op::Add),
         1 => (0..40usize).prop_map(Op::Resize),
+        1 => (index(), 0..3u64).prop_map(|(index, key)| Op::Recompute(index, key)),
     ];
     prop_oneof![
         6 => request().prop_map(Op::Add),
@@ -75,6 +78,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => index().prop_map(Op::Abort),
         3 => index().prop_map(Op::Stop),
         1 => (0..40usize).prop_map(Op::Resize),
+        1 => (index(), 0..3u64).prop_map(|(index, key)| Op::Recompute(index, key)),
     ]
 }
 
@@ -122,6 +126,11 @@ impl Run {
                 self.simulation.finishing.extend(id);
             }
             Op::Resize(num_pages) => drop(self.simulation.resize(*num_pages)),
+            Op::Recompute(index, key) => {
+                if let Some(id) = self.pick(index) {
+                    self.simulation.recompute(id, PlanKey(*key));
+                }
+            }
         }
     }
 

@@ -5,10 +5,13 @@ use std::collections::hash_map::{DefaultHasher, Entry};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
 
+use model_zoo::compression::PlanKey;
 use model_zoo::compression::think::PageMove;
 use model_zoo::kv_cache::PageId;
 
-use crate::scheduler::{AddError, RowOutcome, Scheduler, SchedulerConfig, SeqId, SequenceSpec, StepPlan};
+use crate::scheduler::{
+    AddError, PageCopy, RowOutcome, Scheduler, SchedulerConfig, SeqId, SequenceSpec, StepPlan,
+};
 
 /// Where packed slots are counted from in a page.
 const PACKED: usize = 1000;
@@ -59,15 +62,37 @@ impl Simulation {
     pub(super) fn abort(&mut self, id: SeqId) {
         let was_live = self.live.remove(&id).is_some();
         assert_eq!(self.scheduler.abort(id), was_live);
+        self.move_storage();
         self.check_pages();
     }
 
     pub(super) fn resize(&mut self, num_pages: usize) -> usize {
         let now = self.scheduler.set_num_pages(num_pages);
-        // Storage beyond the pool is cut off.
-        self.slots.retain(|&(page, _), _| (page as usize) < now);
+        self.move_storage();
         self.check_pages();
         now
+    }
+
+    /// Has a live sequence computed anew under another key.
+    pub(super) fn recompute(&mut self, id: SeqId, key: PlanKey) {
+        self.scheduler.recompute(&HashMap::from([(id, key)]));
+        if let Some(live) = self.live.get_mut(&id) {
+            live.spec.plan_key = key;
+        }
+        self.check_pages();
+    }
+
+    /// Follows a pool that has shrunk: copies what moved, and cuts the storage off behind its end.
+    fn move_storage(&mut self) {
+        for PageCopy { from, to } in self.scheduler.drain_copies() {
+            self.slots.retain(|&(page, _), _| page != to);
+            let moved: Vec<_> = self.slots.iter().filter(|((page, _), _)| *page == from).collect();
+            let moved: Vec<_> =
+                moved.into_iter().map(|(&(_, slot), &content)| ((to, slot), content)).collect();
+            self.slots.extend(moved);
+        }
+        let num_pages = self.scheduler.num_pages();
+        self.slots.retain(|&(page, _), _| (page as usize) < num_pages);
     }
 
     /// Schedules and checks the plan.
@@ -206,6 +231,7 @@ impl Simulation {
             });
         }
         self.scheduler.commit(plan, &outcomes);
+        self.move_storage();
         self.check_pages();
     }
 
