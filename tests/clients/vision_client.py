@@ -1,12 +1,14 @@
 """Checks chats with images by the official OpenAI client.
 
-Usage: vision_client.py --base-url http://HOST:PORT/v1 --pictures FOLDER --tokens N
+Usage: vision_client.py --base-url http://HOST:PORT/v1 --pictures FOLDER --tokens N [--questions FILE]
 
-FOLDER has `rgb.png`, `turned.jpg` and `lossy.webp`; an image takes N tokens of the prompt.
+FOLDER has `rgb.png`, `turned.jpg` and `lossy.webp`; an image takes N tokens of the prompt. FILE has questions about
+pictures beside it, one a line, with the answers that the model must give to nine in ten.
 """
 
 import argparse
 import base64
+import json
 import struct
 import sys
 import zlib
@@ -35,11 +37,12 @@ def png(width, height, data=b""):
 class Server:
     """The client, the only model, and the pictures."""
 
-    def __init__(self, base_url, pictures, tokens):
+    def __init__(self, base_url, pictures, tokens, questions):
         self.client = openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=120)
         (self.model,) = (model.id for model in self.client.models.list())
         self.pictures = pictures
         self.tokens = tokens
+        self.questions = questions
 
     def chat(self, *content, **fields):
         defaults = {"model": self.model, "max_tokens": 8, "temperature": 0}
@@ -110,13 +113,30 @@ def check_what_cannot_be_shown_is_refused(server):
     check(server.chat(server.picture("rgb.png"), TEXT).choices, "the server goes on")
 
 
+def check_what_is_seen_is_told(server):
+    if server.questions is None:
+        return
+    asked = [json.loads(line) for line in server.questions.read_text().splitlines()]
+    wrong = []
+    for row in asked:
+        image = part((server.questions.parent / row["image"]).read_bytes())
+        answer = server.chat(image, {"type": "text", "text": row["question"]}, max_tokens=12)
+        text = answer.choices[0].message.content.strip()
+        if text.lower() != row["answer"]:
+            wrong.append(f"{row['question']} {row['answer']!r}, not {text!r}")
+    print(f"      {len(asked) - len(wrong)} of {len(asked)} answers are right")
+    check(len(wrong) * 10 <= len(asked), "; ".join(wrong))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", required=True, help="http://HOST:PORT/v1")
     parser.add_argument("--pictures", required=True, type=Path)
     parser.add_argument("--tokens", required=True, type=int)
+    parser.add_argument("--questions", type=Path)
     args = parser.parse_args()
-    run_all(sys.modules[__name__], Server(args.base_url.rstrip("/"), args.pictures, args.tokens))
+    server = Server(args.base_url.rstrip("/"), args.pictures, args.tokens, args.questions)
+    run_all(sys.modules[__name__], server)
     finish()
 
 

@@ -31,6 +31,25 @@ async fn the_openai_client_shows_images() {
     server.stop().await;
 }
 
+/// The small model that was trained for this: its decoder is the default model with an adapter.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trained_model_sees_what_is_shown_to_the_openai_client() {
+    let model = fixtures().join("../../weights/smollm2-vision").to_string_lossy().into_owned();
+    let server = TestServer::start(&["--model", &model]).await;
+    let url = format!("http://{}/v1", server.http);
+    let pictures = fixtures().join("images").to_string_lossy().into_owned();
+    tokio::task::spawn_blocking(move || {
+        let questions = rheostat_tests::python::clients_dir().join("scenes/questions.jsonl");
+        let questions = questions.to_string_lossy();
+        let args =
+            ["--base-url", &url, "--pictures", &pictures, "--tokens", "576", "--questions", &questions];
+        run_client("vision_client.py", &args);
+    })
+    .await
+    .expect("the client is content");
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn fetching_never_leads_inside() {
     let model = fixtures().join("llava").to_string_lossy().into_owned();

@@ -55,3 +55,20 @@ fn template_args_reach_the_template_but_set_nothing_of_ours() {
         assert!(t.render(&input).is_err(), "{name}");
     }
 }
+
+#[test]
+fn images_go_to_templates_that_know_them_and_become_lines_for_others() {
+    let shown = ChatInput {
+        image_marker: Some("<i>".into()),
+        ..chat(serde_json::json!([
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "that"},
+        ]))
+    };
+    let render =
+        |source: &str| ChatTemplate::new(source.into(), String::new(), String::new()).unwrap().render(&shown);
+    let plain = render("{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}").unwrap();
+    assert_eq!(plain, "user=<i>\nwhat?;assistant=that;");
+    let knowing = "{% for p in messages[0].content %}{% if p.type == 'image' %}[image]{% else %}{{ p.text }}{% endif %}{% endfor %}";
+    assert_eq!(render(knowing).unwrap(), "[image]what?");
+}

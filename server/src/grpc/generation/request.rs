@@ -117,3 +117,24 @@ fn sampling_params(wire: WireSampling) -> SamplingParams {
         skip_special_tokens: wire.skip_special_tokens.unwrap_or(default.skip_special_tokens),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_show_images_in_order_and_exclude_content() {
+        let part = |part| ContentPart { part: Some(part) };
+        let parts =
+            vec![part(Part::Image(vec![1])), part(Part::Text("and".into())), part(Part::Image(vec![2]))];
+        let message =
+            |content, parts| ChatMessage { role: "user".into(), content, parts, ..Default::default() };
+        let chat = |message| chat_prompt(WireChat { messages: vec![message], ..Default::default() });
+        let read = chat(message(None, parts.clone())).unwrap();
+        assert_eq!(read.images, [ImageSource::Bytes(vec![1]), ImageSource::Bytes(vec![2])]);
+        let content = json!([{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]);
+        assert_eq!(read.messages, [json!({"role": "user", "content": content})]);
+        assert!(chat(message(Some("text".into()), parts)).is_err());
+        assert!(chat(message(None, vec![ContentPart { part: None }])).is_err());
+    }
+}
