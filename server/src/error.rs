@@ -25,6 +25,15 @@ pub enum ErrorKind {
     NotFound,
     /// The path exists, the method does not.
     MethodNotAllowed,
+    /// The call came without a known API key.
+    Unauthenticated,
+    /// The API key may not do this.
+    Forbidden,
+    /// A client is over a limit of its own.
+    RateLimited {
+        /// Seconds after which it may come back.
+        retry_after_s: u32,
+    },
     /// The queue is full; try again later.
     Overloaded,
     /// The server is starting or stopping.
@@ -44,10 +53,22 @@ impl ErrorKind {
             Self::TooLarge => (413, Code::ResourceExhausted, "invalid_request_error"),
             Self::NotFound => (404, Code::NotFound, "not_found_error"),
             Self::MethodNotAllowed => (405, Code::Unimplemented, "invalid_request_error"),
-            Self::Overloaded => (429, Code::ResourceExhausted, "rate_limit_error"),
+            Self::Unauthenticated => (401, Code::Unauthenticated, "invalid_request_error"),
+            Self::Forbidden => (403, Code::PermissionDenied, "permission_error"),
+            Self::RateLimited { .. } => (429, Code::ResourceExhausted, "rate_limit_error"),
+            Self::Overloaded => (503, Code::Unavailable, "server_error"),
             Self::Unavailable => (503, Code::Unavailable, "server_error"),
             Self::Cancelled => (499, Code::Cancelled, "cancelled"),
             Self::Internal => (500, Code::Internal, "server_error"),
+        }
+    }
+
+    /// Seconds after which a refused client may come back, where coming back helps.
+    pub fn retry_after_s(self) -> Option<u32> {
+        match self {
+            Self::RateLimited { retry_after_s } => Some(retry_after_s),
+            Self::Overloaded | Self::Unavailable => Some(1),
+            _ => None,
         }
     }
 }

@@ -7,6 +7,7 @@
 //! Dropping a [`engine::TokenStream`] is the only way to cancel.
 
 pub mod admission;
+pub mod auth;
 pub mod cli;
 pub mod config;
 pub mod current;
@@ -26,3 +27,5 @@ pub mod shutdown;
 pub mod telemetry;
 #[cfg(test)]
 mod toy;
+pub mod traces;
+pub mod transport;

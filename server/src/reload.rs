@@ -19,6 +19,7 @@ use crate::memory::MemoryTargets;
 use crate::service::Service;
 use crate::telemetry::Metrics;
 use crate::telemetry::logs::LogFilter;
+use crate::transport::Tls;
 
 /// How long a reload waits for memory budgets before it goes on; they are approached all the same.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,6 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Reload {
     flags: Options,
     log: Option<LogFilter>,
+    tls: Option<Arc<Tls>>,
     hangups: Signal,
 }
 
@@ -36,6 +38,7 @@ pub struct Reload {
 struct Running {
     service: Service,
     log: Option<LogFilter>,
+    tls: Option<Arc<Tls>>,
 }
 
 /// A change that was checked and is still to be made.
@@ -45,13 +48,19 @@ type Change = BoxFuture<'static, Result<(), String>>;
 type Applier = fn(&Running, &Config, &Config) -> Result<Option<Change>, String>;
 
 /// What can change on a running server.
-const APPLIERS: [(&str, Applier); 4] =
-    [("memory", memory), ("limits", limits), ("log.filter", log_filter), ("profiles", profiles)];
+const APPLIERS: [(&str, Applier); 6] = [
+    ("memory", memory),
+    ("limits", limits),
+    ("log.filter", log_filter),
+    ("profiles", profiles),
+    ("keys", keys),
+    ("tls", tls),
+];
 
 type Key = fn(&Config) -> Box<dyn Debug>;
 
 /// What needs a restart.
-const FIXED: [(&str, Key); 13] = [
+const FIXED: [(&str, Key); 15] = [
     ("server.model", |c| Box::new(c.model.clone())),
     ("server.cache", |c| Box::new(c.cache.clone())),
     ("server.catalogue", |c| Box::new(c.catalogue.clone())),
@@ -69,6 +78,8 @@ const FIXED: [(&str, Key); 13] = [
     ("compression.calibration", |c| Box::new(c.calibration.clone())),
     ("metrics.compat", |c| Box::new(c.metrics_compat)),
     ("log.format", |c| Box::new(c.log_format)),
+    ("tls", |c| Box::new(c.tls.clone())),
+    ("telemetry", |c| Box::new(c.traces.clone())),
 ];
 
 impl Reload {
@@ -78,12 +89,18 @@ impl Reload {
     /// # Errors
     /// When the operating system refuses a signal handler.
     pub fn new(flags: Options, log: Option<LogFilter>) -> std::io::Result<Self> {
-        Ok(Self { flags, log, hangups: signal(SignalKind::hangup())? })
+        Ok(Self { flags, log, tls: None, hangups: signal(SignalKind::hangup())? })
+    }
+
+    /// Reads the certificates of `tls` again, too.
+    #[must_use]
+    pub fn with_tls(self, tls: Option<Arc<Tls>>) -> Self {
+        Self { tls, ..self }
     }
 
     /// Reloads `service`, which was started with `config`, at every signal. Never returns.
     pub async fn run(mut self, (service, metrics): (Service, Arc<Metrics>), config: Config) {
-        let running = Running { service, log: self.log.take() };
+        let running = Running { service, log: self.log.take(), tls: self.tls.take() };
         let (started, mut current) = (config.clone(), config);
         while self.hangups.recv().await.is_some() {
             let applied = match self.read().await {
@@ -173,6 +190,27 @@ fn log_filter(running: &Running, old: &Config, new: &Config) -> Result<Option<Ch
     let filter = crate::telemetry::logs::parse(&new.log_filter)?;
     let log = running.log.clone();
     Ok(Some(Box::pin(async move { log.map_or(Ok(()), |log| log.set(filter)) })))
+}
+
+fn keys(running: &Running, old: &Config, new: &Config) -> Result<Option<Change>, String> {
+    if old.keys == new.keys {
+        return Ok(None);
+    }
+    let (service, keys) = (running.service.clone(), new.keys.clone());
+    Ok(Some(Box::pin(async move {
+        service.keys().replace(&keys);
+        Ok(())
+    })))
+}
+
+/// The files may have changed where their names have not: they are read at every reload.
+fn tls(running: &Running, _: &Config, _: &Config) -> Result<Option<Change>, String> {
+    let Some(tls) = running.tls.clone() else { return Ok(None) };
+    let fresh = tls.read().map_err(|e| e.to_string())?;
+    Ok(Some(Box::pin(async move {
+        tls.set(fresh);
+        Ok(())
+    })))
 }
 
 fn profiles(running: &Running, old: &Config, new: &Config) -> Result<Option<Change>, String> {

@@ -6,11 +6,37 @@ use std::sync::Arc;
 use model_zoo::compression::Plan;
 use model_zoo::vision::PromptImage;
 
+use crate::auth::{Charge, Client};
+use crate::traces::{GenerationSpan, Trace};
+
+/// Who a request comes from.
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    /// The client that its API key belongs to; `None` where none was asked for.
+    pub client: Option<Client>,
+    /// The trace that the call belongs to.
+    pub trace: Trace,
+}
+
+impl Caller {
+    /// The name of the caller's key.
+    pub fn name(&self) -> Option<&str> {
+        self.client.as_ref().map(Client::name)
+    }
+
+    /// Whether it may touch what belongs to `owner`, the name of a key. Without keys all is everybody's.
+    pub fn may_touch(&self, owner: Option<&str>) -> bool {
+        self.client.as_ref().is_none_or(|client| client.is_admin() || owner == Some(client.name()))
+    }
+}
+
 /// A request as the front ends hand it to [`crate::admission`]: converted from the wire, not validated.
 #[derive(Debug, Clone, Default)]
 pub struct RawRequest {
     /// The client's `x-request-id`, or empty for a fresh one.
     pub id: String,
+    /// Who asks.
+    pub caller: Caller,
     /// The model asked for; empty means the served one.
     pub model: String,
     /// What to complete.
@@ -160,6 +186,10 @@ pub struct GenerateRequest {
     pub profile: Arc<str>,
     /// Requests share cached prefixes only with equal salts.
     pub cache_salt: u64,
+    /// What it was charged to its API key, corrected when the last holder drops it.
+    pub charge: Option<Arc<Charge>>,
+    /// Its span, when its call is recorded.
+    pub span: Option<Arc<GenerationSpan>>,
 }
 
 /// What a plan of methods without a profile is called.

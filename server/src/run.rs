@@ -11,6 +11,7 @@ use model_zoo::tokenizer::Tokenizer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use crate::auth::KeyRing;
 use crate::config::Config;
 use crate::governor::{Front, Governor};
 use crate::memory::of;
@@ -18,6 +19,8 @@ use crate::reload::Reload;
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, ServedModel};
+use crate::traces::Tracer;
+use crate::transport::{Tls, TlsError, Transport};
 use crate::{grpc, http};
 
 /// How often histogram samples are folded into buckets.
@@ -39,6 +42,12 @@ pub enum RunError {
     /// The model cannot be served with this configuration.
     #[error("{0}")]
     Model(String),
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The collector's address is none.
+    #[error("{0}")]
+    Traces(String),
     /// The operating system refused a resource.
     #[error("the server cannot start: {0}")]
     Io(#[from] std::io::Error),
@@ -113,23 +122,33 @@ pub async fn run_controlled(
     control: Control<impl Future<Output = ()>>,
 ) -> Result<(), RunError> {
     let scheduler = scheduler_config(&config, model.loaded.model.dims())?;
+    let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
     let (service, metrics) = start_service(&config, model, scheduler)?;
     let governing = service.governor().map(|governor| tokio::spawn(Arc::clone(governor).run()));
+    let tracer =
+        config.traces.as_ref().map_or(Ok(Tracer::off()), Tracer::export).map_err(RunError::Traces)?;
     let (stop, stopping) = watch::channel(false);
     let stopped = |mut stopping: watch::Receiver<bool>| async move {
         // An error means that the sender is gone: the server stops then, too.
         let _ = stopping.wait_for(|stop| *stop).await;
     };
+    let transport = |listener| Transport::new(listener, config.http.max_connections, tls.clone());
     let http = tokio::spawn(http::serve(
-        listeners.http,
-        http::AppState::new(service.clone(), Arc::clone(&metrics), &config.http),
+        transport(listeners.http),
+        http::AppState::new(service.clone(), Arc::clone(&metrics), tracer.clone(), &config.http),
         stopped(stopping.clone()),
     ));
-    let grpc =
-        tokio::spawn(grpc::serve(listeners.grpc, service.clone(), Arc::clone(&metrics), stopped(stopping)));
-    let reload = control
-        .reload
-        .map(|reload| tokio::spawn(reload.run((service.clone(), Arc::clone(&metrics)), config.clone())));
+    let grpc = tokio::spawn(grpc::serve(
+        transport(listeners.grpc),
+        service.clone(),
+        (Arc::clone(&metrics), tracer.clone()),
+        stopped(stopping),
+    ));
+    let reload = control.reload.map(|reload| {
+        tokio::spawn(
+            reload.with_tls(tls.clone()).run((service.clone(), Arc::clone(&metrics)), config.clone()),
+        )
+    });
     let upkeep = tokio::spawn(async move {
         let mut ticks = tokio::time::interval(UPKEEP);
         loop {
@@ -142,9 +161,10 @@ pub async fn run_controlled(
         reload.abort();
     }
     tracing::info!(deadline_s = config.drain.as_secs(), "stopping: running requests may finish");
-    service.drain();
-    stop.send_replace(true);
+    // Until the last request has ended both servers go on: `/ready` says no, probes and scrapes are answered,
+    // and who asks for more is told to come back.
     service.shutdown(config.drain).await;
+    stop.send_replace(true);
     upkeep.abort();
     if let Some(governing) = governing {
         governing.abort();
@@ -152,7 +172,9 @@ pub async fn run_controlled(
     // Every request has ended; what is left are idle connections and last bytes on their way.
     let grace = Duration::from_secs(2);
     let _ = tokio::time::timeout(grace, http).await;
-    match tokio::time::timeout(grace, grpc).await {
+    let grpc = tokio::time::timeout(grace, grpc).await;
+    let _ = tokio::task::spawn_blocking(move || tracer.shutdown()).await;
+    match grpc {
         Ok(Ok(result)) => result.map_err(RunError::from),
         _ => Ok(()),
     }
@@ -193,6 +215,7 @@ fn start_service(
         memory: config.memory(),
         limits: config.limits.clone(),
         images: config.images.clone(),
+        keys: Arc::new(KeyRing::new(&config.keys, Arc::clone(&metrics))),
         metrics: Arc::clone(&metrics),
         governor,
     })?;

@@ -5,7 +5,7 @@ mod memory;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model_zoo::compression::{Offer, Plan};
 use model_zoo::models::{CausalLm, ModelDims};
@@ -13,13 +13,14 @@ use model_zoo::tokenizer::Tokenizer;
 use model_zoo::vision::Vision;
 
 use crate::admission::{Admission, Limits};
+use crate::auth::KeyRing;
 use crate::current::Current;
 use crate::engine::{self, EngineHandle, EngineParts, TokenStream};
 use crate::error::{Error, ErrorKind};
 use crate::governor::Governor;
 use crate::images::{ImageLimits, Images};
 use crate::memory::MemoryTargets;
-use crate::request::RawRequest;
+use crate::request::{Caller, RawRequest};
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
 
@@ -97,6 +98,8 @@ pub struct ServiceParts {
     pub limits: Limits,
     /// Limits of images.
     pub images: ImageLimits,
+    /// Who may ask.
+    pub keys: Arc<KeyRing>,
     /// Where everything reports.
     pub metrics: Arc<Metrics>,
     /// Chooses for `auto` requests, where the model is calibrated.
@@ -110,6 +113,7 @@ pub struct Service {
     tokenizer: Arc<Tokenizer>,
     model: Arc<ModelInfo>,
     admission: Arc<Admission>,
+    keys: Arc<KeyRing>,
     draining: Arc<AtomicBool>,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
     governor: Option<Arc<Governor>>,
@@ -130,6 +134,7 @@ impl Service {
             memory,
             limits,
             images,
+            keys,
             metrics,
             governor,
         } = parts;
@@ -152,6 +157,7 @@ impl Service {
             tokenizer,
             model: info,
             admission: Arc::new(admission),
+            keys,
             draining: Arc::default(),
             thread: Arc::new(Mutex::new(Some(thread))),
             governor,
@@ -162,24 +168,36 @@ impl Service {
     ///
     /// # Errors
     /// The client's mistakes as [`ErrorKind::InvalidArgument`] or [`ErrorKind::NotFound`] (model), a
-    /// full queue as [`ErrorKind::Overloaded`], a stopping server as [`ErrorKind::Unavailable`].
+    /// client over its own limits as [`ErrorKind::RateLimited`], a full queue as
+    /// [`ErrorKind::Overloaded`], a stopping server as [`ErrorKind::Unavailable`].
     pub async fn generate(&self, request: RawRequest) -> Result<Admitted, Error> {
         if !self.is_ready() {
             return Err(Error::new(ErrorKind::Unavailable, "the server is stopping"));
         }
-        let (request, guard) = self.admission.admit(request).await?;
+        let begin = Instant::now();
+        let span = request.caller.trace.generation(&request, &self.model.name);
+        let admitted = self.admission.admit(request).await;
+        if let (Some(span), Err(error)) = (&span, &admitted) {
+            span.failed(error);
+        }
+        let (mut request, guard) = admitted?;
+        if let Some(span) = &span {
+            span.admitted(begin, &request);
+        }
+        request.span = span;
         let (id, prompt) = (request.id.clone(), Arc::clone(&request.prompt));
         let (plan, profile) = (Arc::clone(&request.plan), Arc::clone(&request.profile));
         let stream = self.engine.generate(request, guard)?;
         Ok(Admitted { id, prompt, plan, profile, stream })
     }
 
-    /// Aborts the live request of this id: its choices end with what they have.
+    /// Aborts the live request of this id: its choices end with what they have. A client may abort its own,
+    /// an operator all.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] when no live request has it.
-    pub fn abort(&self, id: &str) -> Result<(), Error> {
-        self.admission.check_live(id)?;
+    /// [`ErrorKind::NotFound`] when no live request that the caller may touch has it.
+    pub fn abort(&self, id: &str, caller: &Caller) -> Result<(), Error> {
+        self.admission.check_live(id, caller)?;
         self.engine.abort(id)
     }
 
@@ -212,6 +230,11 @@ impl Service {
             // The thread ends after its current step.
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
+    }
+
+    /// Who may ask.
+    pub fn keys(&self) -> &KeyRing {
+        &self.keys
     }
 
     /// The model's tokenizer. Encode long texts off the async threads.

@@ -10,6 +10,7 @@
 mod governor;
 pub mod images;
 mod instruments;
+mod keys;
 pub mod logs;
 mod memory;
 mod recent;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use images::ImageMetrics;
 use instruments::{Definition, Instruments, Paired};
+pub use keys::{KeyLimit, KeyMetrics};
 use metrics::{Counter, Gauge, Histogram, Label, Unit};
 use model_zoo::compression::options::METHODS;
 pub use recent::Load;

@@ -17,6 +17,7 @@ use model_zoo::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::admission::Limits;
+use crate::auth::{KeyConfig, KeyRing};
 use crate::images::ImageLimits;
 use crate::memory::MemoryTargets;
 use crate::scheduler::SchedulerConfig;
@@ -65,6 +66,11 @@ impl CausalLm for ToyModel {
 
 /// A running service over the toy model, named `toy`, and its metrics.
 pub(crate) fn service() -> (Service, Arc<Metrics>) {
+    service_for(&[])
+}
+
+/// The same, for clients with `keys`.
+pub(crate) fn service_for(keys: &[KeyConfig]) -> (Service, Arc<Metrics>) {
     let dims = ModelDims {
         architecture: "toy".into(),
         num_layers: 1,
@@ -102,6 +108,7 @@ pub(crate) fn service() -> (Service, Arc<Metrics>) {
         memory: MemoryTargets::default(),
         limits: Limits::default(),
         images: ImageLimits::default(),
+        keys: Arc::new(KeyRing::new(keys, Arc::clone(&metrics))),
         metrics: Arc::clone(&metrics),
         governor: None,
     };

@@ -1,5 +1,6 @@
 //! The harness of the integration tests: the real server on port 0, raw HTTP, and the Python clients.
 
+pub mod process;
 pub mod python;
 pub mod server;
 pub mod wire;

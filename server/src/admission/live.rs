@@ -8,6 +8,7 @@ use dashmap::mapref::entry::Entry;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{Error, ErrorKind};
+use crate::request::Caller;
 
 /// Permits that there are: more than there can be requests, so that the capacity alone says how many may be live.
 const PERMITS: u32 = 1 << 28;
@@ -15,7 +16,8 @@ const PERMITS: u32 = 1 << 28;
 /// Ids of live requests, and permits for as many as may be live at once.
 #[derive(Debug, Clone)]
 pub struct LiveRequests {
-    ids: Arc<DashMap<String, ()>>,
+    /// To the name of the API key that each came with.
+    ids: Arc<DashMap<String, Option<String>>>,
     permits: Arc<Semaphore>,
     seats: Arc<Seats>,
 }
@@ -55,7 +57,7 @@ fn full(capacity: usize) -> Error {
 #[derive(Debug)]
 pub(super) struct LiveGuard {
     id: String,
-    ids: Arc<DashMap<String, ()>>,
+    ids: Arc<DashMap<String, Option<String>>>,
     _seat: Seat,
     _permit: OwnedSemaphorePermit,
 }
@@ -77,7 +79,7 @@ impl LiveRequests {
     }
 
     /// Takes a permit and the id, or makes an id when it is empty.
-    pub(super) fn enter(&self, id: &str) -> Result<LiveGuard, Error> {
+    pub(super) fn enter(&self, id: &str, caller: &Caller) -> Result<LiveGuard, Error> {
         let seat = self.seats.take()?;
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let permit = permit.map_err(|_| full(PERMITS as usize))?;
@@ -87,21 +89,24 @@ impl LiveRequests {
                 Err(Error::invalid("x-request-id", format!("a live request has the id `{id}` already")))
             }
             Entry::Vacant(entry) => {
-                entry.insert(());
+                entry.insert(caller.name().map(str::to_owned));
                 Ok(LiveGuard { id, ids: Arc::clone(&self.ids), _seat: seat, _permit: permit })
             }
         }
     }
 
-    /// Whether a live request has this id.
-    pub fn contains(&self, id: &str) -> bool {
-        self.ids.contains_key(id)
+    /// Whether a live request has this id and is the caller's to touch.
+    pub fn contains(&self, id: &str, caller: &Caller) -> bool {
+        self.ids.get(id).is_some_and(|owner| caller.may_touch(owner.as_deref()))
     }
 
-    /// Returns when no request is live. New ones may come meanwhile: stop admitting first.
+    /// Returns when no request is live. From then on none is admitted any more; stop admitting before.
     pub async fn drained(&self) {
-        // All permits at once are to be had only when nobody holds one.
-        let _ = self.permits.acquire_many(PERMITS).await;
+        // All permits at once are to be had only when nobody holds one. They are kept: a request that passed
+        // the check for draining just before it began must not reach an engine that has stopped.
+        if let Ok(all) = self.permits.acquire_many(PERMITS).await {
+            all.forget();
+        }
     }
 }
 

@@ -15,12 +15,13 @@ use std::sync::Arc;
 use model_zoo::compression::{CompressionOptions, Context, Plan, registry};
 use model_zoo::tokenizer::Tokenizer;
 
+use crate::auth::{Charge, Client};
 use crate::current::Current;
 use crate::engine::Guard;
 use crate::error::{Error, ErrorKind};
 use crate::governor::Governor;
 use crate::images::Images;
-use crate::request::{CUSTOM_PROFILE, GenerateRequest, ImageSource, Prompt, RawRequest};
+use crate::request::{CUSTOM_PROFILE, Caller, GenerateRequest, ImageSource, Prompt, RawRequest};
 use crate::service::ModelInfo;
 
 /// Tokens of a text completion whose request names no limit: OpenAI's default.
@@ -65,7 +66,8 @@ impl Admission {
     /// Validates and tokenizes `raw`, compiles its plan, and takes a permit, which the guard holds.
     ///
     /// # Errors
-    /// The client's mistakes, named; [`ErrorKind::Overloaded`] when every permit is taken.
+    /// The client's mistakes, named; [`ErrorKind::RateLimited`] when it is over a limit of its API key;
+    /// [`ErrorKind::Overloaded`] when every permit is taken.
     pub async fn admit(&self, raw: RawRequest) -> Result<(GenerateRequest, Guard), Error> {
         self.model.check_name(&raw.model)?;
         let limits = self.limits.get();
@@ -73,7 +75,9 @@ impl Admission {
         let mut sampling = raw.sampling;
         validate::sampling(&sampling, &limits, &self.model)?;
         validate::prompt_size(&raw.prompt, &limits)?;
-        let guard = self.live.enter(&raw.id)?;
+        let client = raw.caller.client.as_ref();
+        let place = client.map(Client::enter).transpose()?;
+        let guard = self.live.enter(&raw.id, &raw.caller)?;
         let is_chat = matches!(raw.prompt, Prompt::Chat(_));
         let mut prompt = raw.prompt;
         let shown = self.images.embed(take_images(&mut prompt)).await?;
@@ -94,6 +98,7 @@ impl Admission {
         limits.check_total(n, max_tokens)?;
         let compression = self.governed(raw.compression);
         let plan = self.plan(&compression, prompt.len(), max_tokens)?;
+        let charge = charge(client, prompt.len() + n * max_tokens)?;
         sampling.seed = Some(sampling.seed.unwrap_or_else(rand::random));
         let request = GenerateRequest {
             id: guard.id().to_owned(),
@@ -106,8 +111,10 @@ impl Admission {
             plan: Arc::new(plan),
             profile: profile(&compression).into(),
             cache_salt: salt(&raw.cache_salt),
+            charge,
+            span: None,
         };
-        Ok((request, Box::new((guard, shown.room))))
+        Ok((request, Box::new((guard, place, shown.room))))
     }
 
     /// The options with the governor's choice in place of `auto`.
@@ -144,12 +151,12 @@ impl Admission {
         })
     }
 
-    /// Fails unless a request of this id is live.
+    /// Fails unless a request of this id is live and the caller's to touch.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`].
-    pub fn check_live(&self, id: &str) -> Result<(), Error> {
-        if self.live.contains(id) {
+    /// [`ErrorKind::NotFound`]: other clients' requests are none of the caller's business.
+    pub fn check_live(&self, id: &str, caller: &Caller) -> Result<(), Error> {
+        if self.live.contains(id, caller) {
             return Ok(());
         }
         Err(Error::new(ErrorKind::NotFound, format!("no live request has the id `{id}`")))
@@ -168,6 +175,11 @@ fn take_images(prompt: &mut Prompt) -> Vec<ImageSource> {
 fn profile(options: &CompressionOptions) -> &str {
     let unnamed = if options.methods().is_empty() { registry::DENSE } else { CUSTOM_PROFILE };
     options.profile.as_deref().unwrap_or(unnamed)
+}
+
+/// Takes what the request can cost at most, `tokens` tokens, from the buckets of its client's key.
+fn charge(client: Option<&Client>, tokens: usize) -> Result<Option<Arc<Charge>>, Error> {
+    client.map(|client| client.charge(tokens).map(Arc::new)).transpose()
 }
 
 /// 0 for no salt; else a digest of it.

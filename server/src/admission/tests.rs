@@ -139,9 +139,12 @@ async fn ids_and_permits_are_held_as_long_as_the_guard() {
     let (_, second) = admission.admit(named("b")).await.expect("admitted");
     let full = admission.admit(named("c")).await.err().expect("refused");
     assert_eq!(full.kind, ErrorKind::Overloaded);
-    assert!(admission.check_live("a").is_ok());
+    assert!(admission.check_live("a", &Caller::default()).is_ok());
     drop(first);
-    assert_eq!(admission.check_live("a").err().map(|e| e.kind), Some(ErrorKind::NotFound));
+    assert_eq!(
+        admission.check_live("a", &Caller::default()).err().map(|e| e.kind),
+        Some(ErrorKind::NotFound)
+    );
     assert!(admission.admit(named("a")).await.is_ok());
     drop(second);
     admission.live().drained().await;

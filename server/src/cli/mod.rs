@@ -2,6 +2,7 @@
 
 mod calibrate;
 mod eval;
+mod key;
 mod model;
 pub(crate) mod offer;
 mod pull;
@@ -31,6 +32,8 @@ enum Command {
     Pull(pull::Options),
     /// Measure a model on a text, once, for the compression methods that need it
     Calibrate(calibrate::Options),
+    /// Make an API key and the lines of the configuration that let it in
+    Key(key::Options),
     /// Measure quality, speed and memory of compression plans
     Eval(eval::Options),
 }
@@ -42,6 +45,7 @@ pub fn main() -> ExitCode {
         Command::Serve(options) => serve::main(*options),
         Command::Pull(options) => pull::main(&options),
         Command::Calibrate(options) => calibrate::main(&options),
+        Command::Key(options) => key::main(&options),
         Command::Eval(options) => eval::main(&options),
     };
     match result {

@@ -4,6 +4,7 @@
 pub mod bytes;
 mod governor;
 pub mod hosts;
+pub mod keys;
 pub mod options;
 
 use std::collections::BTreeMap;
@@ -18,11 +19,14 @@ use model_zoo::compression::CompressionOptions;
 use options::{ImageOptions, Options};
 
 use crate::admission::Limits;
+use crate::auth::KeyConfig;
 use crate::governor::AUTO;
 use crate::images::ImageLimits;
 use crate::memory::{MemoryTargets, machine_memory};
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
+use crate::traces::TraceConfig;
+use crate::transport::TlsConfig;
 
 /// A configuration that the server can run with.
 #[derive(Debug, Clone)]
@@ -37,6 +41,10 @@ pub struct Config {
     pub http: HttpConfig,
     /// Where gRPC listens.
     pub grpc: SocketAddr,
+    /// Certificates of both servers; `None` serves without TLS.
+    pub tls: Option<TlsConfig>,
+    /// API keys; without any, everybody may ask everything.
+    pub keys: Vec<KeyConfig>,
     /// The engine.
     pub engine: EngineConfig,
     /// Bounds on requests.
@@ -53,6 +61,8 @@ pub struct Config {
     pub governor: GovernorConfig,
     /// Other servers' metric names.
     pub metrics_compat: MetricsCompat,
+    /// Where traces go; `None` makes none.
+    pub traces: Option<TraceConfig>,
     /// Log filter, as `RUST_LOG` spells it.
     pub log_filter: String,
     /// Log layout.
@@ -66,8 +76,10 @@ pub struct HttpConfig {
     pub address: SocketAddr,
     /// Bytes of a request's body at most.
     pub max_body: usize,
-    /// Connections at once.
+    /// Connections at once, of this front end and of gRPC each.
     pub max_connections: usize,
+    /// `/metrics` needs an API key like everything else.
+    pub metrics_need_key: bool,
     /// How long a client may take to send a request's headers.
     pub header_timeout: Duration,
 }
@@ -117,16 +129,19 @@ impl Config {
             server,
             http,
             grpc,
+            tls,
             engine,
             memory,
             limits,
             images,
             metrics,
+            telemetry,
             log,
             compression,
             targets,
             power,
             profiles,
+            keys,
             config: _,
         } = options;
         let defaults = Limits::default();
@@ -138,9 +153,12 @@ impl Config {
                 address: http.address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080))),
                 max_body: http.max_body.map_or(4 << 20, |size| size.bytes() as usize),
                 max_connections: http.max_connections.unwrap_or(10_240),
+                metrics_need_key: http.metrics_need_key.unwrap_or(false),
                 header_timeout: Duration::from_secs(http.header_timeout_seconds.unwrap_or(15)),
             },
             grpc: grpc.address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 50051))),
+            tls: tls.config().map_err(ConfigError)?,
+            keys: keys::validate(keys).map_err(ConfigError)?,
             engine: EngineConfig {
                 threads: engine.threads.unwrap_or_else(cores),
                 max_num_seqs: engine.max_num_seqs.unwrap_or(256),
@@ -170,6 +188,7 @@ impl Config {
             profiles,
             governor: GovernorConfig::of(&targets, &power),
             metrics_compat: metrics.compat.unwrap_or_default(),
+            traces: telemetry.config().map_err(ConfigError)?,
             log_filter: log.filter.unwrap_or_else(|| "info".into()),
             log_format: log.format.unwrap_or_default(),
         };

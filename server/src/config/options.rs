@@ -10,8 +10,11 @@ use model_zoo::compression::CompressionOptions;
 
 use super::bytes::ByteSize;
 use super::hosts::HostList;
+use super::keys::KeyOptions;
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
+use crate::traces::TraceConfig;
+use crate::transport::TlsConfig;
 
 /// A group of keys: a struct of optional values that clap and serde fill, and that can be laid over
 /// another.
@@ -54,8 +57,10 @@ section! {
         address: SocketAddr = "http", "RHEOSTAT_HTTP";
         /// Largest request body [default: 4MiB]
         max_body: ByteSize = "http-max-body", "RHEOSTAT_HTTP_MAX_BODY";
-        /// Connections at once [default: 10240]
+        /// Connections at once, of each of the two servers [default: 10240]
         max_connections: usize = "http-max-connections", "RHEOSTAT_HTTP_MAX_CONNECTIONS";
+        /// Ask for an API key on /metrics too, once there are keys [default: false]
+        metrics_need_key: bool = "http-metrics-need-key", "RHEOSTAT_HTTP_METRICS_NEED_KEY";
         /// Seconds that a client may take to send a request's headers [default: 15]
         header_timeout_seconds: u64 = "http-header-timeout-seconds", "RHEOSTAT_HTTP_HEADER_TIMEOUT_SECONDS";
     }
@@ -66,6 +71,29 @@ section! {
     GrpcOptions {
         /// Address of the gRPC server [default: 127.0.0.1:50051]
         address: SocketAddr = "grpc", "RHEOSTAT_GRPC";
+    }
+}
+
+section! {
+    /// `[tls]`
+    TlsOptions {
+        /// Certificate chain of both servers, a PEM file; without it they serve plain text
+        cert: PathBuf = "tls-cert", "RHEOSTAT_TLS_CERT";
+        /// Private key of the certificate, a PEM file
+        key: PathBuf = "tls-key", "RHEOSTAT_TLS_KEY";
+        /// Roots of clients' certificates, a PEM file; when it is set, clients need one
+        client_ca: PathBuf = "tls-client-ca", "RHEOSTAT_TLS_CLIENT_CA";
+    }
+}
+
+impl TlsOptions {
+    /// All of it or nothing.
+    pub(super) fn config(self) -> Result<Option<TlsConfig>, String> {
+        match (self.cert, self.key, self.client_ca) {
+            (Some(cert), Some(key), client_ca) => Ok(Some(TlsConfig { cert, key, client_ca })),
+            (None, None, None) => Ok(None),
+            _ => Err("tls needs both cert and key, with or without client_ca".into()),
+        }
     }
 }
 
@@ -100,7 +128,7 @@ section! {
 section! {
     /// `[limits]`
     LimitOptions {
-        /// Requests that are queued or running at once; more are refused with 429 [default: 512]
+        /// Requests that are queued or running at once; more are refused with 503 [default: 512]
         max_concurrent_requests: usize = "max-concurrent-requests", "RHEOSTAT_MAX_CONCURRENT_REQUESTS";
         /// Choices (`n`) of a request [default: 128]
         max_n: usize = "max-n", "RHEOSTAT_MAX_N";
@@ -142,6 +170,33 @@ section! {
     MetricsOptions {
         /// Repeat the core metrics under another server's names [default: vllm]
         compat: MetricsCompat = "metrics-compat", "RHEOSTAT_METRICS_COMPAT";
+    }
+}
+
+section! {
+    /// `[telemetry]`
+    TelemetryOptions {
+        /// OTLP collector (gRPC) that gets traces, http://HOST:4317; without it there are none
+        otlp_endpoint: String = "otlp-endpoint", "RHEOSTAT_OTLP_ENDPOINT";
+        /// Share of the traces that begin here to record, 0 to 1; a caller's decision is respected [default: 1]
+        sample_ratio: f64 = "trace-sample-ratio", "RHEOSTAT_TRACE_SAMPLE_RATIO";
+    }
+}
+
+impl TelemetryOptions {
+    /// Where traces go, if anywhere.
+    pub(super) fn config(self) -> Result<Option<TraceConfig>, String> {
+        let sample_ratio = self.sample_ratio.unwrap_or(1.0);
+        if !(0.0..=1.0).contains(&sample_ratio) {
+            return Err(format!("telemetry.sample_ratio is {sample_ratio}; it must be between 0 and 1"));
+        }
+        let Some(endpoint) = self.otlp_endpoint else { return Ok(None) };
+        if !endpoint.starts_with("http://") {
+            return Err(format!(
+                "telemetry.otlp_endpoint is {endpoint:?}; it must be http://HOST:PORT of a collector's gRPC port"
+            ));
+        }
+        Ok(Some(TraceConfig { endpoint, sample_ratio }))
     }
 }
 
@@ -206,6 +261,9 @@ pub struct Options {
     pub grpc: GrpcOptions,
     #[allow(missing_docs)]
     #[command(flatten)]
+    pub tls: TlsOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
     pub engine: EngineOptions,
     #[allow(missing_docs)]
     #[command(flatten)]
@@ -221,6 +279,9 @@ pub struct Options {
     pub metrics: MetricsOptions,
     #[allow(missing_docs)]
     #[command(flatten)]
+    pub telemetry: TelemetryOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
     pub log: LogOptions,
     #[allow(missing_docs)]
     #[command(flatten)]
@@ -234,6 +295,9 @@ pub struct Options {
     /// `[profiles.NAME]`: the operator's own compression profiles, in the file alone.
     #[arg(skip)]
     pub profiles: BTreeMap<String, CompressionOptions>,
+    /// `[[keys]]`: API keys, in the file alone.
+    #[arg(skip)]
+    pub keys: Vec<KeyOptions>,
 }
 
 impl Options {
@@ -253,16 +317,19 @@ impl Options {
             server: self.server.over(below.server),
             http: self.http.over(below.http),
             grpc: self.grpc.over(below.grpc),
+            tls: self.tls.over(below.tls),
             engine: self.engine.over(below.engine),
             memory: self.memory.over(below.memory),
             limits: self.limits.over(below.limits),
             images: self.images.over(below.images),
             metrics: self.metrics.over(below.metrics),
+            telemetry: self.telemetry.over(below.telemetry),
             log: self.log.over(below.log),
             compression: self.compression.over(below.compression),
             targets: self.targets.over(below.targets),
             power: self.power.over(below.power),
             profiles: if self.profiles.is_empty() { below.profiles } else { self.profiles },
+            keys: if self.keys.is_empty() { below.keys } else { self.keys },
         }
     }
 }

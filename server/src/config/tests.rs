@@ -29,6 +29,11 @@ fn flags_win_over_the_file_and_the_file_over_defaults() {
     assert_eq!(config.model, "smollm2-135m");
 }
 
+/// A key's section.
+fn key(name: &str, more: &str) -> String {
+    format!("[[keys]]\nname = \"{name}\"\nsha256 = \"{}\"\n{more}\n", "ab".repeat(32))
+}
+
 #[test]
 fn mistakes_are_named() {
     for (toml, expected) in [
@@ -41,6 +46,17 @@ fn mistakes_are_named() {
         ("[profiles.auto]\ndrop = { attention = 1 }", "profiles.auto"),
         ("[grpc]\naddress = \"127.0.0.1:8080\"", "must differ"),
         ("[server]\nmodel = \"\"", "model is empty"),
+        ("[tls]\ncert = \"c.pem\"", "tls needs both cert and key"),
+        ("[[keys]]\nname = \"a\"\nsha256 = \"abc\"", "64 hexadecimal digits"),
+        ("[telemetry]\notlp_endpoint = \"collector:4317\"", "http://HOST:PORT"),
+        ("[telemetry]\nsample_ratio = 1.5", "between 0 and 1"),
+        (&key("a b", ""), "letters, digits"),
+        (&key("a", "tokens_burst = 5"), "tokens_burst of \"a\" needs tokens_per_minute"),
+        (&key("a", "joules_per_minute = 0"), "above 0"),
+        (&key("a", "max_concurrent_requests = 0"), "at least 1"),
+        (&key("a", "tokens = 5"), "unknown field `tokens`"),
+        (&(key("a", "") + &key("a", "")), "two keys have the name"),
+        (&(key("a", "") + &key("b", "")), "sha256 of another key"),
         ("nonsense", "expected"),
     ] {
         let error = match Options::from_toml(toml) {

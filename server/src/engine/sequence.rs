@@ -147,6 +147,9 @@ impl Choice {
             let prompt = self.live.request.prompt.len();
             let queried = if self.prompt_logprobs.is_some() { 0 } else { prompt };
             self.metrics.sequence_started(prompt, queried, cached);
+            if let Some(charge) = self.live.request.charge.as_ref().filter(|_| self.index == 0) {
+                charge.add_tokens(prompt);
+            }
         }
     }
 
@@ -177,6 +180,24 @@ impl Choice {
         }
         served.retain(|part| part.tokens > 0);
         served
+    }
+
+    /// Tells the request's span, if it has one, how long the choice's stages took.
+    fn trace(&self) {
+        let Some(span) = &self.live.request.span else { return };
+        let Clock { started, first_token, last_token } = self.clock;
+        let ended = Instant::now();
+        let stages = [
+            ("queue", Some(self.live.arrived), started.or(Some(ended))),
+            ("prefill", started, first_token),
+            ("decode", first_token, last_token),
+        ];
+        for (name, from, to) in stages {
+            if let (Some(from), Some(to)) = (from, to) {
+                span.stage(name, (from, to), self.index);
+            }
+        }
+        span.choice_ended(self.outcome, self.sampled);
     }
 
     fn work(&self) -> Work {
@@ -307,6 +328,10 @@ impl Drop for Choice {
     fn drop(&mut self) {
         let Clock { started, first_token, last_token } = self.clock;
         let request = &self.live.request;
+        if let Some(charge) = &request.charge {
+            charge.add_tokens(self.sampled);
+        }
+        self.trace();
         self.metrics.sequence_finished(&SequenceTimings {
             queue: started.map(|at| at - self.live.arrived),
             prefill: started.zip(first_token).map(|(from, to)| to - from),

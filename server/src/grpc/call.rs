@@ -14,24 +14,30 @@ use tonic::body::Body;
 use tonic::codegen::Bytes;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
+use tracing::Instrument;
 
+use super::metadata::REQUEST_ID;
+use crate::auth::Client;
 use crate::telemetry::Metrics;
+use crate::traces::{TRACEPARENT, Trace, Tracer};
 
 const TIMEOUT_HEADER: &str = "grpc-timeout";
 /// Label of a path that no service has: a client must not be able to make new ones.
 const UNKNOWN: &str = "unknown";
+const HEALTH: &str = "grpc.health.v1.Health/";
 
 /// Wraps services in [`Calls`].
 #[derive(Debug, Clone)]
 pub(super) struct CallLayer {
     metrics: Arc<Metrics>,
+    tracer: Tracer,
     methods: Arc<BTreeSet<String>>,
 }
 
 impl CallLayer {
-    /// Counts into `metrics` by the paths in `methods`.
-    pub(super) fn new(metrics: Arc<Metrics>, methods: BTreeSet<String>) -> Self {
-        Self { metrics, methods: Arc::new(methods) }
+    /// Counts into `metrics` by the paths in `methods`; `tracer` gives each call its trace.
+    pub(super) fn new(metrics: Arc<Metrics>, tracer: Tracer, methods: BTreeSet<String>) -> Self {
+        Self { metrics, tracer, methods: Arc::new(methods) }
     }
 }
 
@@ -63,15 +69,12 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let path = self.layer.methods.get(request.uri().path()).map_or(UNKNOWN, String::as_str);
-        let outcome = Outcome {
-            metrics: self.layer.metrics.clone(),
-            method: path.trim_start_matches('/').to_owned(),
-            counted: false,
-        };
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let outcome = self.layer.begin(&request);
         let deadline = timeout(request.headers()).map(|timeout| Instant::now() + timeout);
-        let response = self.inner.call(request);
+        request.extensions_mut().insert(outcome.trace.clone());
+        let span = tracing::info_span!("request", trace_id = %outcome.trace.id());
+        let response = self.inner.call(request).instrument(span);
         Box::pin(async move {
             let Some(deadline) = deadline else {
                 return Ok(track(response.await?, None, outcome));
@@ -107,17 +110,46 @@ fn deadline_exceeded() -> Status {
     Status::deadline_exceeded("the call's deadline has passed")
 }
 
-fn track(response: Response<Body>, deadline: Option<Instant>, mut outcome: Outcome) -> Response<Body> {
+fn track(mut response: Response<Body>, deadline: Option<Instant>, mut outcome: Outcome) -> Response<Body> {
+    if let Ok(value) = http::HeaderValue::try_from(outcome.trace.traceparent()) {
+        response.headers_mut().insert(TRACEPARENT, value);
+    }
+    outcome.client = response.extensions().get::<Client>().cloned();
+    outcome.request_id =
+        response.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).map(str::to_owned);
     outcome.observe(response.headers());
     let sleep = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline)));
     response.map(|inner| Body::new(TrackedBody { inner, sleep, outcome }))
 }
 
-/// Counts its call once: by the status that is sent, or as cancelled when it is dropped before there is one.
+/// Counts and logs its call once: by the status that is sent, or as cancelled when it is dropped before there
+/// is one.
 struct Outcome {
     metrics: Arc<Metrics>,
     method: String,
+    begin: Instant,
+    trace: Trace,
+    client: Option<Client>,
+    request_id: Option<String>,
     counted: bool,
+}
+
+impl CallLayer {
+    /// A call arrives. Probes come every few seconds: they make no spans.
+    fn begin(&self, request: &Request<Body>) -> Outcome {
+        let path = self.methods.get(request.uri().path()).map_or(UNKNOWN, String::as_str);
+        let method = path.trim_start_matches('/').to_owned();
+        let tracer = if method.starts_with(HEALTH) { &Tracer::off() } else { &self.tracer };
+        Outcome {
+            metrics: self.metrics.clone(),
+            begin: Instant::now(),
+            trace: tracer.call(method.clone(), request.headers()),
+            method,
+            client: None,
+            request_id: None,
+            counted: false,
+        }
+    }
 }
 
 impl Outcome {
@@ -131,6 +163,10 @@ impl Outcome {
     fn count(&mut self, code: Code) {
         if !std::mem::replace(&mut self.counted, true) {
             self.metrics.grpc_request(&self.method, code);
+            self.trace.ended(&self.method, code);
+            let (method, trace_id, request_id) = (&self.method, self.trace.id(), self.request_id.as_deref());
+            let (seconds, key) = (self.begin.elapsed().as_secs_f32(), self.client.as_ref().map(Client::name));
+            tracing::info!(target: "rheostat::access", method, ?code, seconds, key, %trace_id, request_id, "grpc");
         }
     }
 }

@@ -6,7 +6,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use crate::error::Error;
 use crate::request::RawRequest;
 
-const REQUEST_ID: &str = "x-request-id";
+pub(super) const REQUEST_ID: &str = "x-request-id";
 const PROFILE: &str = "x-rheostat-profile";
 
 /// Fills in the request's id and compression profile where its message left them out.

@@ -8,6 +8,7 @@
 //! [`crate::engine::TokenStream`], and with that the request.
 
 mod admin;
+mod auth;
 mod call;
 mod completion;
 mod generation;
@@ -31,14 +32,15 @@ use rheostat_proto::rheostat::v1::{
     model_service_server::ModelServiceServer, tokenization_service_server::TokenizationServiceServer,
 };
 use rheostat_proto::{FILE_DESCRIPTOR_SETS, method_paths};
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::pb::health_server::HealthServer;
 
 use crate::service::Service;
 use crate::telemetry::Metrics;
+use crate::traces::Tracer;
+use crate::transport::{Connection, Transport};
 
 /// Largest message accepted: far above any prompt that fits a context, far below what hurts.
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
@@ -60,29 +62,32 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves every gRPC service on `listener` until `shutdown`; then takes no new calls, tells watchers of
+/// Connections that have shaken hands and wait to be served.
+const OPENED: usize = 16;
+
+/// Serves every gRPC service on `transport` until `shutdown`; then takes no new calls, tells watchers of
 /// the health that it stops, and returns when the calls under way have ended. Who cannot wait that long
 /// drops the future.
 ///
 /// # Errors
 /// [`ServeError`].
 pub async fn serve(
-    listener: TcpListener,
+    transport: Transport,
     service: Service,
-    metrics: Arc<Metrics>,
+    (metrics, tracer): (Arc<Metrics>, Tracer),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let (stop, stopping) = watch::channel(false);
-    let incoming =
-        TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_INTERVAL));
     let generation = generation::Generation::new(service.clone());
     let tokenization = tokenization::Tokenization::new(service.clone());
     let models = models::Models::new(service.clone());
     let admin = admin::Admin::new(service.clone());
     let inference = inference::Inference::new(service.clone(), stopping.clone());
+    let keys = auth::KeyLayer::new(service.clone());
     let health = health::Readiness::new(service, stopping);
     Server::builder()
-        .layer(call::CallLayer::new(metrics, known_methods()))
+        .layer(call::CallLayer::new(metrics, tracer, known_methods()))
+        .layer(keys)
         .max_concurrent_streams(Some(MAX_CONCURRENT_STREAMS))
         .http2_max_header_list_size(Some(MAX_HEADER_BYTES))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
@@ -97,12 +102,34 @@ pub async fn serve(
         .add_service(HealthServer::new(health))
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
-        .serve_with_incoming_shutdown(incoming, async {
+        .serve_with_incoming_shutdown(connections(transport), async {
             shutdown.await;
             stop.send_replace(true);
         })
         .await?;
     Ok(())
+}
+
+/// The connections of `transport`, each after its handshake. Ends with the stream's receiver.
+fn connections(transport: Transport) -> ReceiverStream<std::io::Result<Connection>> {
+    let (opened, stream) = mpsc::channel(OPENED);
+    tokio::spawn(async move {
+        loop {
+            let incoming = tokio::select! {
+                incoming = transport.accept() => incoming,
+                () = opened.closed() => return,
+            };
+            let opened = opened.clone();
+            tokio::spawn(async move {
+                match incoming.open().await {
+                    // An error means that the server has stopped.
+                    Ok(connection) => drop(opened.send(Ok(connection)).await),
+                    Err(error) => tracing::debug!(%error, "a connection ended early"),
+                }
+            });
+        }
+    });
+    ReceiverStream::new(stream)
 }
 
 /// Every descriptor that reflection shows, the health service's among them.

@@ -8,6 +8,8 @@ use crate::error::{Error, ErrorKind};
 
 /// Trailing metadata that names the request field at fault, as OpenAI's `param` does over HTTP.
 const PARAM: &str = "x-error-param";
+/// Trailing metadata with the seconds after which a refused client may come back, as HTTP's header.
+const RETRY_AFTER: &str = "retry-after";
 
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
@@ -16,6 +18,9 @@ impl From<Error> for Status {
         // A field name made of what the client sent may be no header value; the message says it too.
         if let Some(param) = error.param.and_then(|param| MetadataValue::try_from(param).ok()) {
             status.metadata_mut().insert(PARAM, param);
+        }
+        if let Some(seconds) = error.kind.retry_after_s() {
+            status.metadata_mut().insert(RETRY_AFTER, MetadataValue::from(seconds));
         }
         status
     }

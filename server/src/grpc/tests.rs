@@ -24,6 +24,8 @@ use tonic_health::pb::health_client::HealthClient;
 use super::{ServeError, serve};
 use crate::telemetry::Metrics;
 use crate::toy;
+use crate::traces::Tracer;
+use crate::transport::Transport;
 
 /// Tokens that take longer to make than any test waits.
 const LONG: i64 = 100_000;
@@ -44,7 +46,12 @@ async fn start() -> Harness {
     let address = listener.local_addr().expect("it is bound");
     let (stop, stopped) = oneshot::channel();
     let shutdown = async { stopped.await.unwrap_or(()) };
-    let server = tokio::spawn(serve(listener, service, metrics.clone(), shutdown));
+    let server = tokio::spawn(serve(
+        Transport::new(listener, 100, None),
+        service,
+        (metrics.clone(), Tracer::off()),
+        shutdown,
+    ));
     let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address");
     let channel = endpoint.connect().await.expect("the server listens");
     Harness { channel, metrics, stop, server }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::AppState;
 use crate::error::{Error, ErrorKind};
+use crate::request::Caller;
 
 /// The process is alive.
 #[utoipa::path(get, path = "/health", tag = "operations", responses((status = 200, description = "Alive")))]
@@ -44,8 +45,9 @@ pub(super) async fn version() -> Json<Value> {
     responses((status = 200, description = "It will end within a step"), (status = 404, description = "No such live request")))]
 pub(super) async fn abort(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, Error> {
-    state.service.abort(&id)?;
+    state.service.abort(&id, &caller)?;
     Ok(Json(json!({ "id": id, "aborted": true })))
 }

@@ -16,13 +16,14 @@ use super::types::response::{ChatChoice, ChatLogprob, ChatLogprobs, ChatMessage,
 use super::types::sampling::SamplingFields;
 use super::types::{Object, fields, unsupported};
 use crate::error::Error;
-use crate::request::{ChatPrompt, FinishReason, Prompt, RawRequest, TokenLogprob};
+use crate::request::{Caller, ChatPrompt, FinishReason, Prompt, RawRequest, TokenLogprob};
 
 /// Answers a chat.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "generation", request_body = ChatRequest,
     responses((status = 200, body = Envelope<ChatChoice>), (status = 400, body = super::error::ErrorBody)))]
 pub(super) async fn create(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     Body(body): Body<Object>,
 ) -> Result<Response, Error> {
@@ -35,6 +36,7 @@ pub(super) async fn create(
     let (messages, images) = messages(chat.messages)?;
     let raw = RawRequest {
         id: request_id(&headers)?,
+        caller,
         model: common.model.take().unwrap_or_default(),
         sampling: fields::<SamplingFields>(&body)?.params(logprobs)?,
         max_tokens: common.max_completion_tokens.or(common.max_tokens),

@@ -16,13 +16,14 @@ use super::types::response::{CompletionChoice, CompletionLogprobs, Envelope};
 use super::types::sampling::SamplingFields;
 use super::types::{Object, fields, unsupported};
 use crate::error::Error;
-use crate::request::{FinishReason, Prompt, RawRequest, TokenLogprob};
+use crate::request::{Caller, FinishReason, Prompt, RawRequest, TokenLogprob};
 
 /// Completes texts.
 #[utoipa::path(post, path = "/v1/completions", tag = "generation", request_body = CompletionRequest,
     responses((status = 200, body = Envelope<CompletionChoice>), (status = 400, body = super::error::ErrorBody)))]
 pub(super) async fn create(
     State(state): State<AppState>,
+    caller: Caller,
     headers: HeaderMap,
     Body(body): Body<Object>,
 ) -> Result<Response, Error> {
@@ -35,6 +36,7 @@ pub(super) async fn create(
     let id = request_id(&headers)?;
     let echo = completion.echo.unwrap_or_default();
     let raw = RawRequest {
+        caller,
         model: common.model.take().unwrap_or_default(),
         sampling,
         max_tokens: common.max_tokens.or(common.max_completion_tokens),

@@ -8,9 +8,6 @@ use utoipa::ToSchema;
 
 use crate::error::{Error, ErrorKind};
 
-/// Seconds after which a refused client may come back.
-const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
-
 /// An error's body.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ErrorBody {
@@ -26,21 +23,18 @@ struct ErrorDetail {
     r#type: &'static str,
     /// The request field that caused it.
     param: Option<String>,
-    /// HTTP status, as a string.
+    /// HTTP status, as a string; `invalid_api_key` where OpenAI says so.
     code: String,
 }
 
 impl ErrorBody {
     pub(super) fn new(error: Error) -> Self {
         let (status, _, r#type) = error.kind.codes();
-        Self {
-            error: ErrorDetail {
-                message: error.message,
-                r#type,
-                param: error.param,
-                code: status.to_string(),
-            },
-        }
+        let code = match error.kind {
+            ErrorKind::Unauthenticated => "invalid_api_key".to_owned(),
+            _ => status.to_string(),
+        };
+        Self { error: ErrorDetail { message: error.message, r#type, param: error.param, code } }
     }
 }
 
@@ -49,8 +43,12 @@ impl IntoResponse for Error {
         let kind = self.kind;
         let status = StatusCode::from_u16(kind.codes().0).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(ErrorBody::new(self))).into_response();
-        if matches!(kind, ErrorKind::Overloaded | ErrorKind::Unavailable) {
-            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+        if let Some(seconds) = kind.retry_after_s() {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if kind == ErrorKind::Unauthenticated {
+            let scheme = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
         }
         response
     }

@@ -19,9 +19,9 @@ use crate::error::{Error, ErrorKind};
 use crate::request::{FinishReason, TokenEvent, TokenLogprob};
 use crate::service::Admitted;
 
-const REQUEST_ID: &str = "x-request-id";
+pub(super) const REQUEST_ID: &str = "x-request-id";
 const PROFILE: &str = "x-rheostat-profile";
-const MAX_REQUEST_ID: usize = 128;
+pub(super) const MAX_REQUEST_ID: usize = 128;
 /// A comment this often keeps proxies from closing a stream that waits for its turn.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 

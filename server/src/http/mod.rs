@@ -6,6 +6,7 @@
 
 mod access;
 mod admin;
+mod auth;
 mod chat;
 mod completions;
 mod error;
@@ -34,19 +35,21 @@ use crate::config::HttpConfig;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
 use crate::telemetry::Metrics;
+use crate::traces::Tracer;
 
 /// What every handler sees.
 #[derive(Clone)]
 pub struct AppState {
     service: Service,
     metrics: Arc<Metrics>,
+    tracer: Tracer,
     limits: HttpConfig,
 }
 
 impl AppState {
     /// State over a running service.
-    pub fn new(service: Service, metrics: Arc<Metrics>, limits: &HttpConfig) -> Self {
-        Self { service, metrics, limits: limits.clone() }
+    pub fn new(service: Service, metrics: Arc<Metrics>, tracer: Tracer, limits: &HttpConfig) -> Self {
+        Self { service, metrics, tracer, limits: limits.clone() }
     }
 }
 
@@ -71,6 +74,7 @@ fn router(state: AppState) -> Router {
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
         .layer(limit)
+        .layer(from_fn_with_state(state.clone(), auth::check))
         .layer(from_fn_with_state(state.clone(), access::record))
         .layer(CatchPanicLayer::custom(panicked))
         .with_state(state)

@@ -95,7 +95,7 @@ fn every_metric_is_exposed_before_its_first_sample() {
 /// The rules of Prometheus' linter that a definition can break, restated.
 #[test]
 fn names_follow_prometheus_conventions() {
-    for def in DEFINITIONS.iter().filter(|d| !d.name.is_empty()) {
+    for def in DEFINITIONS.iter().chain(keys::DEFINITIONS).filter(|d| !d.name.is_empty()) {
         let name = def.name;
         let histogram = !def.buckets.is_empty();
         let suffix = |s: &str| name.ends_with(s);

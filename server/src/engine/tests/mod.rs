@@ -156,6 +156,8 @@ fn request(prompt: &str) -> GenerateRequest {
         plan: Arc::new(Plan::dense(2)),
         profile: "dense".into(),
         cache_salt: 0,
+        charge: None,
+        span: None,
     }
 }
 

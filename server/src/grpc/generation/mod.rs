@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status};
 use crate::error::Error;
 use crate::service::{Admitted, Service};
 
-use super::{completion, metadata};
+use super::{auth, completion, metadata};
 pub(super) use request::chat_prompt;
 use response::{Asked, Wire};
 
@@ -32,8 +32,9 @@ impl Generation {
     }
 
     async fn start(&self, request: Request<GenerateRequest>) -> Result<(Admitted, Wire), Error> {
-        let (metadata, _, message) = request.into_parts();
+        let (metadata, extensions, message) = request.into_parts();
         let mut raw = request::raw_request(message)?;
+        raw.caller = auth::caller(&extensions);
         metadata::apply(&metadata, &mut raw)?;
         let asked = Asked::by(&raw);
         let admitted = self.service.generate(raw).await?;
@@ -66,11 +67,12 @@ impl GenerationService for Generation {
     }
 
     async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
+        let caller = auth::caller(request.extensions());
         let id = request.into_inner().request_id;
         if id.is_empty() {
             return Err(Error::invalid("request_id", "request_id is required").into());
         }
-        self.service.abort(&id)?;
+        self.service.abort(&id, &caller)?;
         Ok(Response::new(AbortResponse {}))
     }
 }

@@ -9,7 +9,7 @@ use rheostat_proto::rheostat::v1::{
 use serde_json::{Map, Value as Json, json};
 
 use crate::error::Error;
-use crate::request::{ChatPrompt, ImageSource, Prompt, RawRequest, SamplingParams};
+use crate::request::{Caller, ChatPrompt, ImageSource, Prompt, RawRequest, SamplingParams};
 
 use super::super::json;
 use super::compression;
@@ -27,6 +27,7 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
         None => return Err(Error::invalid("prompt", "one of text, tokens and chat is required")),
     };
     Ok(RawRequest {
+        caller: Caller::default(),
         id: message.request_id,
         model: message.model,
         prompt,

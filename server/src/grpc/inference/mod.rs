@@ -23,10 +23,10 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::error::{Error, ErrorKind};
-use crate::request::{Prompt, RawRequest};
+use crate::request::{Caller, Prompt, RawRequest};
 use crate::service::{Admitted, Service};
 
-use super::{completion, metadata};
+use super::{auth, completion, metadata};
 use inputs::Inputs;
 use outputs::{Frame, Reply};
 
@@ -76,6 +76,7 @@ impl Inference {
             sampling::from_json(&mut raw, json)?;
         }
         metadata::apply(call.metadata, &mut raw)?;
+        raw.caller = call.caller.clone();
         if call.is_stream {
             raw.id.clear();
         } else if inputs.stream {
@@ -103,6 +104,7 @@ impl Inference {
 #[derive(Clone, Copy)]
 struct Call<'a> {
     metadata: &'a MetadataMap,
+    caller: &'a Caller,
     is_stream: bool,
 }
 
@@ -161,8 +163,10 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<ModelInferRequest>,
     ) -> Result<Response<ModelInferResponse>, Status> {
-        let (metadata, _, message) = request.into_parts();
-        let running = self.start(message, Call { metadata: &metadata, is_stream: false }).await?;
+        let (metadata, extensions, message) = request.into_parts();
+        let caller = auth::caller(&extensions);
+        let call = Call { metadata: &metadata, caller: &caller, is_stream: false };
+        let running = self.start(message, call).await?;
         let id = running.admitted.id.clone();
         Ok(metadata::respond(&id, Self::finish(running).await?))
     }
@@ -174,8 +178,9 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let (metadata, _, requests) = request.into_parts();
-        let responses = stream::Responses::new(self.clone(), metadata, requests);
+        let (metadata, extensions, requests) = request.into_parts();
+        let caller = auth::caller(&extensions);
+        let responses = stream::Responses::new(self.clone(), (metadata, caller), requests);
         Ok(Response::new(Box::pin(responses)))
     }
 }

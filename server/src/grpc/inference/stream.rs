@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tonic::metadata::MetadataMap;
 use tonic::{Status, Streaming};
 
-use crate::request::TokenEvent;
+use crate::request::{Caller, TokenEvent};
 
 use super::super::status;
 use super::outputs::{Frame, Reply, mark};
@@ -27,7 +27,8 @@ const MAX_CONCURRENT: usize = 64;
 /// The responses to a stream of requests.
 pub(super) struct Responses {
     inference: Inference,
-    metadata: Arc<MetadataMap>,
+    /// The call's metadata, and who it comes from: the same for each of its requests.
+    origin: Arc<(MetadataMap, Caller)>,
     /// `None` once no more requests are to come.
     requests: Option<Streaming<ModelInferRequest>>,
     running: SelectAll<BoxStream<'static, ModelStreamInferResponse>>,
@@ -38,12 +39,12 @@ pub(super) struct Responses {
 impl Responses {
     pub(super) fn new(
         inference: Inference,
-        metadata: MetadataMap,
+        origin: (MetadataMap, Caller),
         requests: Streaming<ModelInferRequest>,
     ) -> Self {
         let stopping = Box::pin(stopped(inference.stopping.clone()));
-        let metadata = Arc::new(metadata);
-        Self { inference, metadata, requests: Some(requests), running: SelectAll::new(), stopping }
+        let origin = Arc::new(origin);
+        Self { inference, origin, requests: Some(requests), running: SelectAll::new(), stopping }
     }
 
     /// Starts the requests that have arrived, as many as may run.
@@ -58,7 +59,7 @@ impl Responses {
                 Poll::Pending => break,
                 Poll::Ready(None) => self.requests = None,
                 Poll::Ready(Some(request)) => {
-                    let responses = responses(self.inference.clone(), self.metadata.clone(), request?);
+                    let responses = responses(self.inference.clone(), Arc::clone(&self.origin), request?);
                     self.running.push(responses.boxed());
                 }
             }
@@ -96,12 +97,13 @@ async fn stopped(mut stopping: watch::Receiver<bool>) {
 /// The responses to one request of a stream. An error is a response: it must not end the other requests.
 fn responses(
     inference: Inference,
-    metadata: Arc<MetadataMap>,
+    origin: Arc<(MetadataMap, Caller)>,
     request: ModelInferRequest,
 ) -> impl Stream<Item = ModelStreamInferResponse> {
     let refusal = Reply::refusal(&request);
     let answer = async move {
-        let call = Call { metadata: &metadata, is_stream: true };
+        let (metadata, caller) = &*origin;
+        let call = Call { metadata, caller, is_stream: true };
         match inference.start(request, call).await {
             Err(error) => one(refusal.failed(&error)),
             Ok(running) if running.streams => deltas(running).boxed(),
