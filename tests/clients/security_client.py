@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 
 import grpc
-import httpx
 import openai
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -33,7 +32,7 @@ class Server:
             self.channel = grpc.secure_channel(options.grpc, grpc.ssl_channel_credentials(file.read()))
 
     def openai(self, key):
-        http = httpx.Client(verify=self.tls)
+        http = openai.DefaultHttpxClient(verify=self.tls)
         base_url = f"{self.options.base_url}/v1"
         return openai.OpenAI(base_url=base_url, api_key=key, http_client=http, max_retries=0, timeout=120)
 

