@@ -10,6 +10,8 @@ use rheostat_tests::server::TestServer;
 /// Writes an authority's `ca.pem`, and `server.pem` and `server.key` for this machine.
 fn certificates(dir: &Path) {
     let mut params = CertificateParams::new(Vec::new()).expect("no names");
+    // Another name than the server's: OpenSSL takes a certificate that names itself for its own issuer.
+    params.distinguished_name.push(rcgen::DnType::CommonName, "test authority");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
     let key = KeyPair::generate().expect("a key");
