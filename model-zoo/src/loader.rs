@@ -4,6 +4,7 @@
 //! stays mapped or held when [`load`] returns. A new architecture is one file in [`crate::models`] and
 //! one arm here.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -63,6 +64,17 @@ pub enum TokenizerSource {
     Gguf(Metadata),
     /// In `tokenizer.json` and `tokenizer_config.json` of this folder.
     Folder(PathBuf),
+    /// The same files in memory.
+    Files(TokenizerFiles),
+}
+
+/// A tokenizer's files, read from elsewhere than a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizerFiles {
+    /// What error messages name.
+    pub origin: PathBuf,
+    /// The files' texts by name.
+    pub files: BTreeMap<String, String>,
 }
 
 /// Loads the model at `path`: a GGUF file, or a folder with `config.json` and safetensors.

@@ -39,6 +39,19 @@ pub struct StepRow<'a> {
     pub state: &'a mut RowState,
 }
 
+/// The linear operators of a layer, by the input that they share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinearInput {
+    /// Normed residual stream: queries, keys and values.
+    Qkv,
+    /// What attention mixed: its output projection.
+    O,
+    /// Normed residual stream: the FFN's gate and up projections.
+    GateUp,
+    /// The gated product: the FFN's down projection.
+    Down,
+}
+
 /// Looks on while a step runs: for calibration and tests, not for serving.
 pub trait Probe: std::fmt::Debug {
     /// `sublayer` of `layer` changed the residual stream of some tokens from `before` to `after`, both
@@ -48,6 +61,9 @@ pub trait Probe: std::fmt::Debug {
     /// The attention of `layer` is about to compare `queries` `[tokens, num_heads, head_dim]` with the
     /// cached keys and `keys` `[tokens, num_kv_heads, head_dim]`, both rotated.
     fn attention(&mut self, layer: usize, queries: &[f32], keys: &[f32]);
+
+    /// The operators of `layer` that share `input` are about to be applied to `x`, `[tokens, their width]`.
+    fn linear_input(&mut self, _place: (usize, LinearInput), _x: &[f32]) {}
 }
 
 /// A step: rows in the order in which their logits come back.

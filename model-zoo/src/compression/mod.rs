@@ -5,6 +5,7 @@
 //! before each sublayer which tokens take part, and knows no method by name. A method is one file here
 //! plus one line in [`registry`].
 
+pub mod bitstack;
 pub mod calibration;
 mod drop;
 pub mod ffn_skip;

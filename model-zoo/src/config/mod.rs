@@ -7,9 +7,11 @@ pub(crate) mod json;
 pub mod llava;
 mod validate;
 
+use serde::{Deserialize, Serialize};
+
 /// Everything that distinguishes the decoders of the Llama family (Llama 1–3, SmolLM2, Mistral,
 /// Qwen2/2.5, Qwen3) and Gemma 3 from one another. Made from `config.json` or GGUF metadata.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DecoderConfig {
     /// `llama`, `mistral`, `qwen2`, `qwen3`, `gemma3`.
     pub architecture: String,
@@ -54,7 +56,7 @@ pub struct DecoderConfig {
 }
 
 /// Rotary position embedding.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f32,
@@ -63,7 +65,7 @@ pub struct RopeConfig {
 }
 
 /// Frequency scaling for contexts longer than the model was pre-trained on.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum RopeScaling {
     /// Plain RoPE.
     None,
@@ -115,7 +117,7 @@ impl RopeScaling {
 }
 
 /// Which channels RoPE rotates together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RopeStyle {
     /// `(j, j + d/2)`: Hugging Face files, and GGUF of Qwen and Gemma.
     Half,
@@ -124,7 +126,7 @@ pub enum RopeStyle {
 }
 
 /// Sliding-window attention.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SlidingWindow {
     /// A query sees this many positions, itself included.
     pub window: usize,
@@ -135,7 +137,7 @@ pub struct SlidingWindow {
 }
 
 /// Gate activation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Activation {
     /// `x · sigmoid(x)`.
     Silu,

@@ -10,7 +10,7 @@ impl DecoderConfig {
     ///
     /// # Errors
     /// [`ZooError::Format`] at `path` with the first contradiction.
-    pub(super) fn validate(&self, path: &Path) -> Result<()> {
+    pub(crate) fn validate(&self, path: &Path) -> Result<()> {
         self.check().map_err(|reason| ZooError::format(path, reason))
     }
 

@@ -117,7 +117,8 @@ pub fn score(
     Ok(scores)
 }
 
-fn add(score: &mut Score, reference: &[f32], logits: &[f32], next: u32) {
+/// Adds the position at which `next` follows, given the dense plan's logits and another's.
+pub(crate) fn add(score: &mut Score, reference: &[f32], logits: &[f32], next: u32) {
     let (sum, reference_sum) = (log_sum_exp(logits), log_sum_exp(reference));
     let mut kl = 0f64;
     let (mut best, mut reference_best) = (0, 0);

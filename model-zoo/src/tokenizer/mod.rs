@@ -4,7 +4,7 @@
 //! [`folder`] reads a Hugging Face folder; [`chat`] renders chat templates.
 
 mod chat;
-mod folder;
+pub(crate) mod folder;
 mod gguf;
 mod python_json;
 mod strftime;
@@ -77,7 +77,8 @@ impl Tokenizer {
     pub fn load(source: &TokenizerSource, template: Option<&str>) -> Result<Self> {
         match source {
             TokenizerSource::Gguf(metadata) => gguf::tokenizer(metadata, template),
-            TokenizerSource::Folder(folder) => folder::tokenizer(folder, template),
+            TokenizerSource::Folder(folder) => folder::tokenizer(&folder::read(folder)?, template),
+            TokenizerSource::Files(files) => folder::tokenizer(files, template),
         }
     }
 

@@ -113,7 +113,7 @@ impl WeightSource for Merged<'_> {
 }
 
 /// A matrix's values, whatever its type.
-fn to_dense(tensor: &RawTensor<'_>) -> Result<Vec<f32>> {
+pub(crate) fn to_dense(tensor: &RawTensor<'_>) -> Result<Vec<f32>> {
     let Some(format) = BlockFormat::of(tensor.dtype) else { return to_f32(tensor) };
     let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
     let row_len = format.stored_len(cols);
@@ -132,7 +132,7 @@ fn to_dense(tensor: &RawTensor<'_>) -> Result<Vec<f32>> {
 }
 
 /// ggml's Q8_0: blocks of 32 with a scale in f16.
-fn q8_0(values: &[f32]) -> Vec<u8> {
+pub(crate) fn q8_0(values: &[f32]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(values.len() / BLOCK * (BLOCK + 2));
     for block in values.chunks_exact(BLOCK) {
         let most = block.iter().fold(0f32, |most, value| most.max(value.abs()));

@@ -10,6 +10,7 @@ mod sublayer;
 use std::ops::Range;
 
 use crate::compression::Sublayer;
+use crate::compression::bitstack::{LinearId, Projection};
 use crate::compression::route::{Active, Route, Span};
 use crate::config::DecoderConfig;
 use crate::kernels::cpu::attention::SLOTS;
@@ -145,6 +146,26 @@ struct Half<'a> {
 }
 
 impl CpuDecoder {
+    /// Puts `linear` in the place of the operator `id`, which is returned: to see what a change of one matrix does.
+    ///
+    /// # Panics
+    /// When it has another shape, or there is no such layer.
+    pub fn swap_linear(&mut self, id: LinearId, linear: Linear) -> Linear {
+        let layer = &mut self.weights.layers[id.layer];
+        let place = match id.projection {
+            Projection::Q => &mut layer.q,
+            Projection::K => &mut layer.k,
+            Projection::V => &mut layer.v,
+            Projection::O => &mut layer.o,
+            Projection::Gate => &mut layer.gate,
+            Projection::Up => &mut layer.up,
+            Projection::Down => &mut layer.down,
+        };
+        let shape = |linear: &Linear| (linear.out_features(), linear.in_features());
+        assert_eq!(shape(place), shape(&linear), "invariant: an operator is replaced by one of its shape");
+        std::mem::replace(place, linear)
+    }
+
     /// Refuses what would read or write outside the step's own pages. Nothing was written when it fails.
     fn check(&self, batch: &StepBatch<'_>, kv: &KvCache) -> Result<()> {
         let layout = kv.layout();
@@ -231,7 +252,7 @@ impl CpuDecoder {
     fn run_unseen(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
         match half.sublayer {
             Sublayer::Attention => self.attention(step, half),
-            Sublayer::Ffn if step.route.watched().is_empty() => self.ffn(half),
+            Sublayer::Ffn if step.route.watched().is_empty() => self.ffn(step, half),
             Sublayer::Ffn => self.watched_ffn(step, half),
         }
     }
@@ -267,7 +288,7 @@ impl CpuDecoder {
         for watched in step.route.watched() {
             before.extend_from_slice(&x[watched.token * width..(watched.token + 1) * width]);
         }
-        self.ffn(Half { layer, sublayer, x });
+        self.ffn(step, Half { layer, sublayer, x });
         for (&watched, before) in step.route.watched().iter().zip(before.chunks_exact(width)) {
             let after = &x[watched.token * width..(watched.token + 1) * width];
             Route::observe(watched, cosine(self.cpu.isa, before, after), &mut step.batch.rows);

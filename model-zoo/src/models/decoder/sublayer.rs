@@ -11,7 +11,7 @@ use crate::kernels::cpu::vector::{add, gelu_tanh_mul, rms_norm, rms_norm_in_plac
 use crate::kv_cache::KvCache;
 use crate::layers::linear::{Activations, Cpu, Linear, forward_many};
 use crate::layers::rotary::{Rotary, RotaryTable};
-use crate::step::StepBatch;
+use crate::step::{LinearInput, StepBatch};
 
 impl CpuDecoder {
     /// `x += o(attention(norm(x)))`, writing K and V of the block's tokens.
@@ -23,6 +23,7 @@ impl CpuDecoder {
         let tokens = half.x.len() / config.hidden_size;
         let s = &mut self.scratch;
         norm_rows(cpu, half.x, (&layer.attention_norm, config.rms_norm_eps), &mut s.normed);
+        show(step.batch, (index, LinearInput::Qkv), &s.normed);
         s.q.resize(tokens * layer.q.out_features(), 0.0);
         s.k.resize(tokens * layer.k.out_features(), 0.0);
         s.v.resize(tokens * layer.v.out_features(), 0.0);
@@ -59,6 +60,7 @@ impl CpuDecoder {
         let segments: Vec<_> =
             spans.iter().map(|span| segment(batch, span, (index, kv.layout().block_size))).collect();
         attention(cpu, &shape, &segments, (&s.q, kv.pages(), &mut s.mixed));
+        show(step.batch, (index, LinearInput::O), &s.mixed);
         let post = layer.post_norms.as_ref().map(|[after, _]| (after.as_slice(), config.rms_norm_eps));
         let Scratch { mixed, normed, quantized, .. } = s;
         let mut mixed = Activations::new(mixed, layer.o.in_features(), quantized);
@@ -66,12 +68,13 @@ impl CpuDecoder {
     }
 
     /// `x += down(act(gate(norm(x))) · up(norm(x)))`
-    pub(super) fn ffn(&mut self, half: Half<'_>) {
+    pub(super) fn ffn(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
         let (config, cpu) = (&self.config, &self.cpu);
         let layer = &self.weights.layers[half.layer];
         let tokens = half.x.len() / config.hidden_size;
         let Scratch { normed, quantized, gate, up, .. } = &mut self.scratch;
         norm_rows(cpu, half.x, (&layer.ffn_norm, config.rms_norm_eps), normed);
+        show(step.batch, (half.layer, LinearInput::GateUp), normed);
         let width = layer.gate.out_features();
         gate.resize(tokens * width, 0.0);
         up.resize(tokens * width, 0.0);
@@ -82,9 +85,17 @@ impl CpuDecoder {
             &mut [(&layer.gate, Write::Store, &mut *gate), (&layer.up, Write::Store, &mut *up)],
         );
         activate(cpu, config.activation, (gate, up), width);
+        show(step.batch, (half.layer, LinearInput::Down), gate);
         let post = layer.post_norms.as_ref().map(|[_, after]| (after.as_slice(), config.rms_norm_eps));
         let mut gated = Activations::new(gate, width, quantized);
         project(cpu, (&layer.down, &mut gated), post, (half.x, normed));
+    }
+}
+
+/// Shows a probe, if there is one, what linear operators are applied to.
+fn show(batch: &mut StepBatch<'_>, place: (usize, LinearInput), x: &[f32]) {
+    if let Some(probe) = &mut batch.probe {
+        probe.linear_input(place, x);
     }
 }
 

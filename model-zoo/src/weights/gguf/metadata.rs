@@ -1,13 +1,15 @@
 //! The key-value pairs of a GGUF header, read by type.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use super::header::HeaderReader;
 use crate::{Result, ZooError};
 
 /// A metadata value. Integer and float widths are not kept.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Value {
     /// `uint8` to `uint64`.
     Unsigned(u64),
@@ -24,7 +26,7 @@ pub enum Value {
 }
 
 /// A flat array of one type; arrays of arrays are refused, as no model file has them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Array {
     /// Integers of any width.
     Integers(Vec<i64>),
@@ -72,6 +74,11 @@ impl Metadata {
     /// [`ZooError::Format`] when it is missing, has another type or is out of the type's range.
     pub fn require<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T> {
         self.get(key)?.ok_or_else(|| ZooError::format(&self.path, format!("has no metadata {key:?}")))
+    }
+
+    /// All pairs, by key.
+    pub fn sorted(&self) -> BTreeMap<&str, &Value> {
+        self.entries.iter().map(|(key, value)| (key.as_str(), value)).collect()
     }
 
     /// All keys, in no order.
