@@ -5,6 +5,7 @@
 
 pub mod aligned;
 pub mod attention;
+pub mod bitstack;
 pub mod convert;
 pub mod dense;
 pub mod gemm;

@@ -11,8 +11,13 @@
 //! f16 minima: `w = scale · q + min`. Weights are held in this form only.
 
 mod portable;
+mod row_group;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+pub(in crate::kernels::cpu) use row_group::RowGroup;
+
+use std::ops::Range;
 
 use half::f16;
 
@@ -215,7 +220,7 @@ pub fn matmul_many(pool: &Pool, isa: Isa, x: &QuantizedRows, products: &mut [Pro
                     continue;
                 }
                 let lanes = GROUP.min(matrix.rows - group * GROUP);
-                product(isa, matrix.group(group), x, |token, sums| {
+                product(isa, matrix.group(group), (x, 0..x.rows()), |token, sums| {
                     // SAFETY: a (matrix, token, group) triple is computed by one chunk.
                     let out = unsafe { out.part(token * matrix.rows + group * GROUP, lanes) };
                     match write {
@@ -229,9 +234,14 @@ pub fn matmul_many(pool: &Pool, isa: Isa, x: &QuantizedRows, products: &mut [Pro
     });
 }
 
-/// Gives `sink` each token's sixteen sums.
+/// Gives `sink` the sixteen sums of each token of a range.
 #[inline]
-fn product(isa: Isa, w: GroupView<'_>, x: &QuantizedRows, sink: impl FnMut(usize, &[f32; GROUP])) {
+fn product(
+    isa: Isa,
+    w: GroupView<'_>,
+    x: (&QuantizedRows, Range<usize>),
+    sink: impl FnMut(usize, &[f32; GROUP]),
+) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => x86::product::<x86::Avx512>(w, x, sink),

@@ -1,6 +1,8 @@
 //! The plain twin of the packed products: what the vector kernels are tested against, and what machines
 //! without them run.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::{GROUP, GroupView, Packing};
@@ -33,10 +35,14 @@ pub(super) fn dequantize_lane(w: GroupView<'_>, lane: usize, out: &mut [f32]) {
     }
 }
 
-pub(super) fn product(w: GroupView<'_>, x: &QuantizedRows, mut sink: impl FnMut(usize, &[f32; GROUP])) {
+pub(super) fn product(
+    w: GroupView<'_>,
+    (x, tokens): (&QuantizedRows, Range<usize>),
+    mut sink: impl FnMut(usize, &[f32; GROUP]),
+) {
     let n = w.packing.scales_per_block();
     let width = BLOCK / n;
-    for token in 0..x.rows() {
+    for token in tokens {
         let q = &x.q[token * x.channels()..];
         let mut sums = [0f32; GROUP];
         for b in 0..w.blocks {

@@ -4,6 +4,7 @@
 //! are added in order in one f32 accumulator a lane, so that a token's sums do not depend on the tile.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::{GROUP, GroupView, Packing};
 use crate::kernels::cpu::quantize::{BLOCK, QuantizedRows, SUB_BLOCK};
@@ -49,11 +50,11 @@ pub(super) trait Kernel {
     unsafe fn tile(tile: Tile<'_>, n: usize, sums: &mut Sums);
 }
 
-/// Gives `sink` each token's sixteen sums.
+/// Gives `sink` the sixteen sums of each token of a range.
 #[inline]
 pub(super) fn product<K: Kernel>(
     w: GroupView<'_>,
-    x: &QuantizedRows,
+    (x, tokens): (&QuantizedRows, Range<usize>),
     mut sink: impl FnMut(usize, &[f32; GROUP]),
 ) {
     let n = w.packing.scales_per_block();
@@ -64,9 +65,10 @@ pub(super) fn product<K: Kernel>(
     assert!(x.scale.len() >= x.rows() * w.blocks && x.scaled_sum.len() >= x.rows() * w.blocks);
     assert!(x.sum.len() >= x.rows() * w.blocks * BLOCK / SUB_BLOCK);
     let mut sums = [[0f32; GROUP]; TILE];
-    let mut token = 0;
-    while token < x.rows() {
-        let left = x.rows() - token;
+    assert!(tokens.end <= x.rows());
+    let mut token = tokens.start;
+    while token < tokens.end {
+        let left = tokens.end - token;
         let n = if left >= 8 {
             8
         } else if left >= 4 {
