@@ -1,4 +1,4 @@
-//! From a path to a model that runs: a GGUF file, or a folder with a Hugging Face checkpoint.
+//! From a path to a model that runs: a GGUF file, a BitStack artefact, or a folder with a Hugging Face checkpoint.
 //!
 //! The file's bytes are read tensor by tensor, repacked by the layers and dropped; nothing of the file
 //! stays mapped or held when [`load`] returns. A new architecture is one file in [`crate::models`] and
@@ -10,9 +10,12 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::compression::bitstack::Artefact;
+use crate::compression::bitstack::serve::ArtefactLevels;
 use crate::config::DecoderConfig;
 use crate::config::json::JsonObject;
 use crate::config::llava::LlavaConfig;
+use crate::kernels::cpu::isa::Isa;
 use crate::models::CausalLm;
 use crate::models::decoder::CpuDecoder;
 use crate::vision::Vision;
@@ -20,6 +23,7 @@ use crate::vision::clip::ClipEncoder;
 use crate::vision::processor::ImageProcessor;
 use crate::weights::WeightSource;
 use crate::weights::gguf::{GgufFile, Metadata};
+use crate::weights::levels::LevelSource;
 use crate::weights::merged::Merged;
 use crate::weights::renamed::Renamed;
 use crate::weights::safetensors::SafetensorsCheckpoint;
@@ -77,7 +81,7 @@ pub struct TokenizerFiles {
     pub files: BTreeMap<String, String>,
 }
 
-/// Loads the model at `path`: a GGUF file, or a folder with `config.json` and safetensors.
+/// Loads the model at `path`: a GGUF file, a BitStack artefact, or a folder with `config.json` and safetensors.
 ///
 /// # Errors
 /// [`ZooError::Io`] when a file cannot be read, [`ZooError::Format`] when one is malformed or lacks a
@@ -85,7 +89,22 @@ pub struct TokenizerFiles {
 /// it does not fit the budget.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
     let metadata = std::fs::metadata(path).map_err(|e| ZooError::io(path, e))?;
-    if metadata.is_dir() { load_folder(path, options) } else { load_gguf(path, options) }
+    if metadata.is_dir() {
+        return load_folder(path, options);
+    }
+    if Artefact::is_artefact(path) { load_artefact(path, options) } else { load_gguf(path, options) }
+}
+
+/// A model whose weights come in levels: of these as many as the budget holds.
+fn load_artefact(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    let artefact = Artefact::open(path)?;
+    let (config, tokenizer) = (artefact.config().clone(), artefact.tokenizer()?);
+    // A second handle: the blocks are read when they are wanted, long after everything else.
+    let levels = Box::new(ArtefactLevels::new(Artefact::open(path)?));
+    let machine = (options.threads.get(), Isa::detect());
+    let weights = (&artefact.tensors() as &dyn WeightSource, levels as Box<dyn LevelSource>);
+    let model = CpuDecoder::load_in_levels(config, weights, machine, options.weight_budget)?;
+    Ok(LoadedModel { model: Box::new(model), tokenizer, vision: None })
 }
 
 fn load_gguf(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {

@@ -12,6 +12,8 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use model_zoo::compression::Offer;
+
 use crate::cli::offer;
 use crate::config::Config;
 use crate::config::options::Options;
@@ -218,8 +220,8 @@ fn profiles(running: &Running, old: &Config, new: &Config) -> Result<Option<Chan
         return Ok(None);
     }
     let model = running.service.model();
-    let calibration = model.offer.get().calibration.clone();
-    let offer = offer::checked(calibration, new.profiles.clone(), &model.dims)?;
+    let offer = Offer { profiles: new.profiles.clone(), ..(*model.offer.get()).clone() };
+    let offer = offer::checked(offer, &model.dims)?;
     let current = model.offer.clone();
     Ok(Some(Box::pin(async move {
         current.set(offer);

@@ -126,6 +126,7 @@ fn compression(given: &Value) -> Result<v1::Compression, String> {
                 let [attention, ffn, joint] = ["attention", "ffn", "joint"].map(count);
                 wire.drop = Some(v1::DropLayers { attention, ffn, joint });
             }
+            "bitstack" => wire.bitstack = Some(v1::BitStack { levels: count("levels") }),
             "think" => wire.think = Some(v1::Think { ratio: real("ratio"), recent: count("recent") }),
             "skip_decode" => {
                 wire.skip_decode = Some(v1::SkipDecode {

@@ -55,6 +55,8 @@ pub struct Offer {
     pub calibration: Option<Calibration>,
     /// The operator's own profiles, which win over the model's.
     pub profiles: BTreeMap<String, CompressionOptions>,
+    /// Levels of the model's weights, where they come in levels.
+    pub levels: Option<usize>,
 }
 
 /// What a request's plan has decided while it ran, and the work that it did.
@@ -72,6 +74,8 @@ pub struct RowState {
     /// Blocks of elastic weights that the row is served with (see [`crate::models::elastic`]); all that are
     /// held when it is not set.
     pub blocks: Option<usize>,
+    /// Where the tokens begin that were sampled by those blocks; without it none was, and all are a prompt's.
+    pub decode_from: Option<usize>,
 }
 
 impl Offer {

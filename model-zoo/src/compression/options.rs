@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Names of the methods, as requests and metrics have them.
-pub const METHODS: [&str; 4] = ["skip_decode", "ffn_skip", "drop", "think"];
+pub const METHODS: [&str; 5] = ["skip_decode", "ffn_skip", "drop", "think", "bitstack"];
 
 /// What a request asks for. A method adds one field; `None` everywhere is the dense plan. Fields that are
 /// given override those of the profile, method by method.
@@ -25,6 +25,9 @@ pub struct CompressionOptions {
     /// Key channels pruned after the prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub think: Option<Think>,
+    /// Fewer levels of weights that come in levels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitstack: Option<BitStack>,
 }
 
 /// Where SkipDecode takes layers from.
@@ -137,11 +140,25 @@ pub struct Think {
     pub recent: Option<usize>,
 }
 
+/// BitStack (arXiv 2410.23918): the first levels of each matrix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BitStack {
+    /// Levels at most, 1 up to those of the model; as many as are held where that is less. Default: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub levels: Option<usize>,
+}
+
 impl CompressionOptions {
     /// Names of the methods that are asked for.
     pub fn methods(&self) -> Vec<&'static str> {
-        let asked =
-            [self.skip_decode.is_some(), self.ffn_skip.is_some(), self.drop.is_some(), self.think.is_some()];
+        let asked = [
+            self.skip_decode.is_some(),
+            self.ffn_skip.is_some(),
+            self.drop.is_some(),
+            self.think.is_some(),
+            self.bitstack.is_some(),
+        ];
         METHODS.into_iter().zip(asked).filter_map(|(name, is_asked)| is_asked.then_some(name)).collect()
     }
 
@@ -153,6 +170,7 @@ impl CompressionOptions {
             ffn_skip: self.ffn_skip.or(profile.ffn_skip),
             drop: self.drop.or(profile.drop),
             think: self.think.or(profile.think),
+            bitstack: self.bitstack.or(profile.bitstack),
         }
     }
 }

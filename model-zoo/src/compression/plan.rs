@@ -120,6 +120,11 @@ impl Plan {
         &self.options
     }
 
+    /// Levels of weights that come in levels, at most; `None` for all that are held.
+    pub fn levels(&self) -> Option<usize> {
+        self.options.bitstack.and_then(|bitstack| bitstack.levels)
+    }
+
     /// Sublayers that run for no token.
     pub fn num_dropped(&self) -> usize {
         self.limits.iter().flatten().filter(|&&limit| limit == 0).count()
@@ -209,6 +214,12 @@ impl KvDemand {
     /// Demand of a plan that fills every layer for every token.
     pub fn dense(num_layers: usize) -> Self {
         Self { limits: vec![usize::MAX; num_layers].into(), shareable_len: usize::MAX, seal: None }
+    }
+
+    /// This demand, of which no more than the first `len` tokens may be shared.
+    #[must_use]
+    pub fn shared_at_most(self, len: usize) -> Self {
+        Self { shareable_len: self.shareable_len.min(len), ..self }
     }
 
     /// Number of decoder layers that have a block table.

@@ -1,7 +1,7 @@
 //! The list of compression methods, in the order in which they are applied, and their compilation.
 
 use super::options::CompressionOptions;
-use super::{Context, Plan, drop, ffn_skip, refuse, skip_decode, think};
+use super::{Context, Plan, bitstack, drop, ffn_skip, refuse, skip_decode, think};
 use crate::Result;
 
 /// The profile that every model has.
@@ -21,6 +21,9 @@ pub fn compile(options: &CompressionOptions, context: &Context<'_>) -> Result<Pl
     let options = with_profile(options, context)?;
     check_together(&options)?;
     let mut plan = Plan::dense(context.num_layers);
+    if let Some(options) = options.bitstack {
+        bitstack::serve::apply(options, context, &mut plan)?;
+    }
     if let Some(options) = &options.drop {
         drop::apply(options, context, &mut plan)?;
     }

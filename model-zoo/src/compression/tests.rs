@@ -28,7 +28,8 @@ fn offer() -> Offer {
         drop: Some(DropLayers { ffn: 1, ..DropLayers::default() }),
         ..CompressionOptions::default()
     };
-    Offer { calibration: Some(calibration), profiles: BTreeMap::from([("night".to_owned(), own)]) }
+    let profiles = BTreeMap::from([("night".to_owned(), own)]);
+    Offer { calibration: Some(calibration), profiles, levels: Some(6) }
 }
 
 fn compile(json: serde_json::Value, offer: &Offer) -> Result<Plan> {
@@ -51,12 +52,21 @@ fn what_does_not_fit_is_refused_with_a_sentence_that_names_it() {
         (json!({"ffn_skip": {"quorum": 0}}), "quorum"),
         (json!({"skip_decode": {"min_layers": 9}}), "min_layers"),
         (json!({"skip_decode": {"horizon": 0}}), "horizon"),
+        (json!({"bitstack": {"levels": 7}}), "1 to 6"),
+        (json!({"bitstack": {"levels": 0}}), "1 to 6"),
     ] {
         let error = compile(options.clone(), &offer()).expect_err(&options.to_string()).to_string();
         assert!(error.contains(says), "{options}: {error}");
     }
     let error = compile(json!({"drop": {"attention": 1}}), &Offer::default()).expect_err("no calibration");
     assert!(error.to_string().contains("rheostat calibrate"), "{error}");
+    let error = compile(json!({"bitstack": {}}), &Offer::default()).expect_err("whole weights").to_string();
+    assert!(error.contains("compression.bitstack") && error.contains("no levels"), "{error}");
+    let levels = |json| compile(json, &offer()).expect("compiles").levels();
+    assert_eq!(
+        [json!({}), json!({"bitstack": {}}), json!({"bitstack": {"levels": 2}})].map(levels),
+        [None, Some(6), Some(2)]
+    );
 }
 
 #[test]

@@ -53,6 +53,7 @@ fn one_turn(runner: &mut Runner<'_>, plans: &[Plan], load: Load<'_>) -> Result<T
     for sequence in &mut sequences {
         runner.step(&mut [Chunk { sequence, tokens: load.prompt, logits: LogitRows::Last }], None)?;
         sequence.state.sublayers_run = [0; 2];
+        sequence.state.decode_from = Some(load.prompt.len());
         next.push([argmax(runner.logits(0..1)?)]);
     }
     let begin = Instant::now();

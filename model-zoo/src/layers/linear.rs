@@ -2,12 +2,14 @@
 
 use candle_core::quantized::GgmlDType;
 
+use crate::kernels::cpu::bitstack::{self, Columns, Rows, StackProduct};
 use crate::kernels::cpu::dense::{DenseMatrix, Values};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::packed::{PackedMatrix, Product, Write, matmul_many};
 use crate::kernels::cpu::pool::Pool;
 use crate::kernels::cpu::quantize::QuantizedRows;
 use crate::kernels::cpu::vector::add_bias;
+use crate::layers::stack::{Service, StackMatrix};
 use crate::weights::RawTensor;
 use crate::weights::blocks::BlockFormat;
 use crate::{Result, ZooError};
@@ -21,27 +23,49 @@ pub struct Cpu {
     pub isa: Isa,
 }
 
+/// Memory of quantized activations that is kept from call to call.
+#[derive(Debug, Default)]
+pub struct ActivationScratch {
+    quantized: QuantizedRows,
+    columns: Columns,
+}
+
 /// Rows of activations on their way into linear operators: quantized once, on first need.
 #[derive(Debug)]
 pub struct Activations<'a> {
     x: &'a [f32],
     channels: usize,
-    quantized: &'a mut QuantizedRows,
+    scratch: &'a mut ActivationScratch,
     ready: bool,
+    services: &'a [Service],
 }
 
 impl<'a> Activations<'a> {
     /// `x` is `[n, channels]`; `scratch` keeps memory between calls.
-    pub fn new(x: &'a [f32], channels: usize, scratch: &'a mut QuantizedRows) -> Self {
-        Self { x, channels, quantized: scratch, ready: false }
+    pub fn new(x: &'a [f32], channels: usize, scratch: &'a mut ActivationScratch) -> Self {
+        Self { x, channels, scratch, ready: false, services: &[] }
     }
 
-    fn quantized(&mut self, cpu: &Cpu) -> &QuantizedRows {
+    /// The same rows, of which weights in levels serve each as its entry of `services` says. Without, every row is
+    /// served with all levels held, as one of many.
+    #[must_use]
+    pub fn served(self, services: &'a [Service]) -> Self {
+        Self { services, ..self }
+    }
+
+    fn quantize(&mut self, cpu: &Cpu) {
         if !self.ready {
-            self.quantized.quantize(&cpu.pool, self.x, self.channels);
+            self.scratch.quantized.quantize(&cpu.pool, self.x, self.channels);
             self.ready = true;
         }
-        self.quantized
+    }
+
+    /// How each row is served.
+    fn services(&self) -> Vec<Service> {
+        if self.services.is_empty() {
+            return vec![Service { blocks: usize::MAX, many: true }; self.x.len() / self.channels];
+        }
+        self.services.to_vec()
     }
 }
 
@@ -56,6 +80,7 @@ pub struct Linear {
 enum Weight {
     Packed(PackedMatrix),
     Dense(DenseMatrix),
+    Stack(StackMatrix),
 }
 
 impl Linear {
@@ -70,10 +95,7 @@ impl Linear {
                 weight.shape
             )));
         };
-        let bias = bias.map(to_f32).transpose()?;
-        if bias.as_ref().is_some_and(|b| b.len() != rows) {
-            return Err(ZooError::Unsupported(format!("a bias of a {rows}-row weight has another length")));
-        }
+        let bias = bias_of(rows, bias)?;
         let weight = match BlockFormat::of(weight.dtype) {
             Some(format) => Weight::Packed(pack(cpu, weight, format)?),
             None => Weight::Dense(DenseMatrix::new([rows, cols], dense(weight)?)),
@@ -81,11 +103,30 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
+    /// An operator in levels that holds none yet; see [`Linear::stack_mut`].
+    ///
+    /// # Errors
+    /// [`ZooError::Unsupported`] when the sizes or the bias are not served.
+    pub fn in_levels(matrix: StackMatrix, bias: Option<&RawTensor<'_>>) -> Result<Self> {
+        matrix.shape().check()?;
+        let rows = matrix.shape().rows;
+        Ok(Self { weight: Weight::Stack(matrix), bias: bias_of(rows, bias)? })
+    }
+
+    /// The matrix, where it comes in levels.
+    pub fn stack_mut(&mut self) -> Option<&mut StackMatrix> {
+        match &mut self.weight {
+            Weight::Stack(matrix) => Some(matrix),
+            Weight::Packed(_) | Weight::Dense(_) => None,
+        }
+    }
+
     /// Width of the output.
     pub fn out_features(&self) -> usize {
         match &self.weight {
             Weight::Packed(m) => m.rows(),
             Weight::Dense(m) => m.rows(),
+            Weight::Stack(m) => m.shape().rows,
         }
     }
 
@@ -94,6 +135,7 @@ impl Linear {
         match &self.weight {
             Weight::Packed(m) => m.cols(),
             Weight::Dense(m) => m.cols(),
+            Weight::Stack(m) => m.shape().cols,
         }
     }
 
@@ -103,6 +145,7 @@ impl Linear {
             + match &self.weight {
                 Weight::Packed(m) => m.bytes(),
                 Weight::Dense(m) => m.bytes(),
+                Weight::Stack(m) => m.bytes(),
             }
     }
 
@@ -111,6 +154,7 @@ impl Linear {
         match &self.weight {
             Weight::Packed(m) => m.dequantize_row(row, out),
             Weight::Dense(m) => m.dequantize_row(cpu.isa, row, out),
+            Weight::Stack(m) => m.row(row, out),
         }
     }
 
@@ -120,23 +164,67 @@ impl Linear {
     }
 }
 
-/// Applies several operators to the same rows, in one parallel region where they are all packed.
+/// Applies several operators to the same rows, those of one kind in one parallel region.
 pub fn forward_many(cpu: &Cpu, x: &mut Activations<'_>, parts: &mut [(&Linear, Write, &mut [f32])]) {
-    let mut products = Vec::with_capacity(parts.len());
+    let mut packed = Vec::with_capacity(parts.len());
+    let mut stacks = Vec::new();
     for (linear, write, out) in parts.iter_mut() {
         match &linear.weight {
-            Weight::Packed(matrix) => products.push(Product { matrix, write: *write, out }),
+            Weight::Packed(matrix) => packed.push(Product { matrix, write: *write, out }),
             Weight::Dense(matrix) => matrix.matmul(&cpu.pool, cpu.isa, x.x, (*write, out)),
+            Weight::Stack(matrix) => stacks.push((matrix, *write, &mut **out)),
         }
     }
-    if !products.is_empty() {
-        matmul_many(&cpu.pool, cpu.isa, x.quantized(cpu), &mut products);
+    if !packed.is_empty() {
+        x.quantize(cpu);
+        matmul_many(&cpu.pool, cpu.isa, &x.scratch.quantized, &mut packed);
+    }
+    if !stacks.is_empty() {
+        forward_stacks(cpu, x, &mut stacks);
     }
     for (linear, _, out) in parts {
         if let Some(bias) = &linear.bias {
             add_bias(cpu.isa, out, bias);
         }
     }
+}
+
+/// Applies operators in levels: each row with the levels that it is served with.
+fn forward_stacks(cpu: &Cpu, x: &mut Activations<'_>, stacks: &mut [(&StackMatrix, Write, &mut [f32])]) {
+    let services = x.services();
+    let (many, mut few): (Vec<_>, Vec<_>) = (0..services.len()).partition(|&row| services[row].many);
+    // More blocks are never fewer levels of any matrix.
+    few.sort_by_key(|&row| std::cmp::Reverse(services[row].blocks));
+    if !many.is_empty() {
+        x.quantize(cpu);
+    }
+    let used: Vec<Vec<usize>> = stacks
+        .iter()
+        .map(|(matrix, ..)| {
+            let held = matrix.levels().len();
+            services.iter().map(|service| matrix.used(service.blocks).min(held)).collect()
+        })
+        .collect();
+    let products = stacks.iter_mut().zip(&used);
+    let mut products: Vec<_> = products
+        .map(|((matrix, write, out), used)| StackProduct {
+            levels: matrix.levels(),
+            used,
+            write: *write,
+            out,
+        })
+        .collect();
+    let rows = Rows { x: x.x, channels: x.channels, few: &few, many: &many };
+    let ActivationScratch { quantized, columns } = &mut *x.scratch;
+    bitstack::matmul_many((&cpu.pool, cpu.isa), rows, (quantized, columns), &mut products);
+}
+
+fn bias_of(rows: usize, bias: Option<&RawTensor<'_>>) -> Result<Option<Vec<f32>>> {
+    let bias = bias.map(to_f32).transpose()?;
+    if bias.as_ref().is_some_and(|b| b.len() != rows) {
+        return Err(ZooError::Unsupported(format!("a bias of a {rows}-row weight has another length")));
+    }
+    Ok(bias)
 }
 
 fn pack(cpu: &Cpu, weight: &RawTensor<'_>, format: BlockFormat) -> Result<PackedMatrix> {

@@ -2,3 +2,4 @@
 
 pub mod linear;
 pub mod rotary;
+pub mod stack;

@@ -19,6 +19,9 @@ pub trait ElasticWeights {
     /// Bytes of all weights, the base included, while the first `blocks` of the stack are held.
     fn bytes_of(&self, blocks: usize) -> u64;
 
+    /// Levels of the matrix that has most, when the whole stack is held.
+    fn num_levels(&self) -> usize;
+
     /// The longest prefix of the stack in which no matrix has more than `levels` levels: what a request for
     /// `levels` is served with, where it is held.
     fn blocks_of_levels(&self, levels: usize) -> usize;
@@ -35,6 +38,13 @@ pub trait ElasticWeights {
     /// Frees the last block held, its memory at once. Nothing happens where only the base is held.
     /// Between steps only, and when no row needs it any more.
     fn shrink(&mut self);
+
+    /// Of a sequence whose first `prompt_len` tokens were given and not sampled: how many tokens from the start have
+    /// K and V that follow from the tokens, the plan and the blocks alone, and so may be shared. Weights that are
+    /// applied to sampled tokens in another way than to prompts say so here.
+    fn shareable_len(&self, _prompt_len: usize) -> usize {
+        usize::MAX
+    }
 
     /// The most blocks whose weights fit `bytes`, or `None` when not even the base does.
     fn blocks_within(&self, bytes: u64) -> Option<usize> {

@@ -3,6 +3,7 @@
 pub mod blocks;
 pub(crate) mod file;
 pub mod gguf;
+pub mod levels;
 pub mod merged;
 pub mod renamed;
 pub mod safetensors;

@@ -1,15 +1,22 @@
 //! The conformance table of the compression methods: each is exact about what it leaves out.
 
+use std::path::PathBuf;
+
 use model_zoo::compression::calibration::{Calibration, FfnCalibration};
-use model_zoo::compression::options::{DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode};
+use model_zoo::compression::options::{
+    BitStack, DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode,
+};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::step::LogitRows;
+use tempfile::TempDir;
 
+use crate::stacked::write_artefact;
 use crate::support::{Chunk, Runner, Sequence};
 use crate::tiny::{LAYERS, write};
 
 const PROMPT: [u32; 21] = [5, 9, 200, 31, 7, 7, 81, 14, 3, 99, 120, 44, 61, 8, 250, 17, 23, 42, 4, 190, 66];
 const OUTPUT: usize = 30;
+const LEVELS: usize = 3;
 
 /// Similarities that put attention in the order 3, 1, 4, 2, … and FFNs in the order 2, 4, 3, 1, …
 fn offer() -> Offer {
@@ -19,7 +26,16 @@ fn offer() -> Offer {
         ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
         ..Calibration::default()
     };
-    Offer { calibration: Some(calibration), ..Offer::default() }
+    Offer { calibration: Some(calibration), levels: Some(LEVELS), ..Offer::default() }
+}
+
+/// A folder with the tiny model, and the paths of its two forms: whole, and in levels.
+fn models() -> (TempDir, [PathBuf; 2]) {
+    let folder = write(|_| false);
+    let artefact = folder.path().join("tiny.bitstack");
+    write_artefact(folder.path(), &artefact, (LEVELS, 2));
+    let paths = [folder.path().to_owned(), artefact];
+    (folder, paths)
 }
 
 fn compile(options: CompressionOptions) -> Plan {
@@ -54,7 +70,12 @@ fn drop_layers(attention: usize, ffn: usize) -> CompressionOptions {
     CompressionOptions { drop: Some(drop), ..CompressionOptions::default() }
 }
 
-/// Every method, with a name for messages.
+fn levels(levels: usize) -> CompressionOptions {
+    let bitstack = Some(BitStack { levels: Some(levels) });
+    CompressionOptions { bitstack, ..CompressionOptions::default() }
+}
+
+/// Every method, with a name for messages. Of whole weights every number of levels is all.
 fn methods() -> Vec<(&'static str, CompressionOptions)> {
     let joint = DropLayers { joint: 3, ..DropLayers::default() };
     vec![
@@ -62,6 +83,8 @@ fn methods() -> Vec<(&'static str, CompressionOptions)> {
         ("skip_decode low", skip_decode(3, Region::Low)),
         ("skip_decode middle", skip_decode(4, Region::Middle)),
         ("drop", drop_layers(2, 1)),
+        ("bitstack", levels(2)),
+        ("bitstack with drop", CompressionOptions { drop: drop_layers(1, 0).drop, ..levels(1) }),
         ("drop joint", CompressionOptions { drop: Some(joint), ..CompressionOptions::default() }),
         ("ffn_skip", ffn_skip(|_| {})),
         ("ffn_skip random", ffn_skip(|skip| skip.selection = Some(FfnSelection::Random))),
@@ -83,6 +106,7 @@ fn argmax(logits: &[f32]) -> u32 {
 fn generate(runner: &mut Runner, sequences: &mut [Sequence]) -> Vec<Vec<Vec<f32>>> {
     let mut logits = vec![Vec::new(); sequences.len()];
     let mut next: Vec<Vec<u32>> = vec![PROMPT.to_vec(); sequences.len()];
+    sequences.iter_mut().for_each(|sequence| sequence.state.decode_from = Some(PROMPT.len()));
     for _ in 0..OUTPUT {
         let chunks = sequences.iter_mut().zip(&next);
         let chunks = chunks.map(|(sequence, tokens)| Chunk { sequence, tokens, logits: LogitRows::Last });
@@ -135,6 +159,21 @@ fn dropping_equals_zeroing_the_output_projection() {
 }
 
 #[test]
+fn all_levels_are_no_limit_and_fewer_are_other_weights() {
+    let (_folder, [whole, artefact]) = models();
+    let dense = alone(&artefact, &Plan::dense(LAYERS)).0;
+    assert_eq!(alone(&artefact, &compile(levels(LEVELS))).0, dense);
+    let mut others = vec![dense];
+    for fewer in 1..LEVELS {
+        let logits = alone(&artefact, &compile(levels(fewer))).0;
+        assert!(!others.contains(&logits), "{fewer}");
+        others.push(logits);
+    }
+    let all = alone(&whole, &Plan::dense(LAYERS)).0;
+    assert_eq!(alone(&whole, &compile(levels(1))).0, all);
+}
+
+#[test]
 fn dropped_attention_holds_no_kv() {
     let demand = compile(drop_layers(2, 4)).kv_demand();
     let slots: Vec<_> = (0..LAYERS).map(|layer| demand.kv_len(layer, 40)).collect();
@@ -143,40 +182,45 @@ fn dropped_attention_holds_no_kv() {
 
 #[test]
 fn a_mixed_batch_equals_each_row_alone() {
-    let model = write(|_| false);
+    let (_folder, paths) = models();
     let plans: Vec<_> = methods().into_iter().map(|(name, options)| (name, compile(options))).collect();
-    let mut runner = Runner::new(model.path(), plans.len(), PROMPT.len() + OUTPUT);
     let capacity = PROMPT.len() + OUTPUT;
-    let mut sequences: Vec<_> =
-        plans.iter().map(|(_, plan)| runner.sequence_of(plan.clone(), capacity)).collect();
-    let together = generate(&mut runner, &mut sequences);
-    for (((name, plan), logits), sequence) in plans.iter().zip(&together).zip(&sequences) {
-        let (expected, state) = alone(model.path(), plan);
-        assert_eq!(logits, &expected, "{name}");
-        assert_eq!(sequence.state, state, "{name}");
+    for path in paths {
+        let mut runner = Runner::new(&path, plans.len(), capacity);
+        let mut sequences: Vec<_> =
+            plans.iter().map(|(_, plan)| runner.sequence_of(plan.clone(), capacity)).collect();
+        let together = generate(&mut runner, &mut sequences);
+        for (((name, plan), logits), sequence) in plans.iter().zip(&together).zip(&sequences) {
+            let (expected, state) = alone(&path, plan);
+            assert_eq!(logits, &expected, "{name}");
+            assert_eq!(sequence.state, state, "{name}");
+        }
     }
 }
 
 #[test]
 fn counters_equal_the_closed_form() {
-    let model = write(|_| false);
+    let (_folder, paths) = models();
     let computed = PROMPT.len() + OUTPUT - 1;
-    for (name, options) in methods() {
-        let plan = compile(options);
-        let (_, state) = alone(model.path(), &plan);
-        let [attention, ffn] = plan.work(computed);
-        assert_eq!(state.sublayers_run, [attention, ffn - state.ffns_skipped], "{name}");
-        assert_eq!(state.ffns_skipped > 0, name.starts_with("ffn_skip"), "{name}");
+    for path in paths {
+        for (name, options) in methods() {
+            let plan = compile(options);
+            let (_, state) = alone(&path, &plan);
+            let [attention, ffn] = plan.work(computed);
+            assert_eq!(state.sublayers_run, [attention, ffn - state.ffns_skipped], "{name}");
+            assert_eq!(state.ffns_skipped > 0, name.starts_with("ffn_skip"), "{name}");
+        }
     }
 }
 
 #[test]
 fn a_replay_in_chunks_equals_the_incremental_run() {
-    let model = write(|_| false);
-    for (name, options) in methods() {
+    let (_folder, paths) = models();
+    let capacity = PROMPT.len() + OUTPUT;
+    for (path, (name, options)) in paths.iter().flat_map(|path| methods().into_iter().map(move |m| (path, m)))
+    {
         let plan = compile(options);
-        let capacity = PROMPT.len() + OUTPUT;
-        let mut runner = Runner::new(model.path(), 2, capacity);
+        let mut runner = Runner::new(path, 2, capacity);
         let mut sequences = [runner.sequence_of(plan.clone(), capacity)];
         let incremental = generate(&mut runner, &mut sequences).remove(0);
         let outputs: Vec<u32> = incremental.iter().map(|logits| argmax(logits)).collect();

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod bitstack;
 mod blocks;
 mod calibration;
 mod compression;
@@ -11,6 +12,7 @@ mod llava;
 mod logits;
 mod refusals;
 mod smollm2;
+mod stacked;
 mod steps;
 mod support;
 mod think;

@@ -64,7 +64,7 @@ impl Runner {
     /// The same over a loaded model.
     pub(crate) fn of(model: Box<dyn CausalLm>, num_sequences: usize, capacity: usize) -> Self {
         let num_pages = num_sequences * model.dims().num_layers * capacity.div_ceil(BLOCK_SIZE);
-        let mut kv = model.new_kv(model.dims().kv_layout(BLOCK_SIZE), num_pages).unwrap();
+        let mut kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages).unwrap();
         (0..num_pages).for_each(|page| kv.poison(page as PageId));
         // A step that is prime and larger than the pool visits every page once.
         let free = (0..num_pages).map(|i| ((i * 10_007 + 3) % num_pages) as PageId).collect();
@@ -77,13 +77,18 @@ impl Runner {
         self.sequence_of(plan, capacity)
     }
 
-    /// An empty sequence of `plan`, with the pages that its demand names and no more.
+    /// An empty sequence of `plan`, with the pages that its demand names and no more, and the blocks that it allows.
     pub(crate) fn sequence_of(&mut self, plan: Plan, capacity: usize) -> Sequence {
         let demand = plan.kv_demand();
         let mut pages = |slots: usize| self.free.split_off(self.free.len() - slots.div_ceil(BLOCK_SIZE));
         let block_tables =
             (0..plan.num_layers()).map(|layer| pages(demand.kv_len(layer, capacity))).collect();
-        Sequence { block_tables, len: 0, plan, state: RowState::default(), images: Vec::new() }
+        let mut state = RowState::default();
+        if let Some(elastic) = self.model.elastic() {
+            let allowed = plan.levels().map(|levels| elastic.blocks_of_levels(levels));
+            state.blocks = Some(elastic.held().min(allowed.unwrap_or(usize::MAX)));
+        }
+        Sequence { block_tables, len: 0, plan, state, images: Vec::new() }
     }
 
     /// Runs one step; returns its logits, row after row.

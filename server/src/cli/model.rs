@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use model_zoo::catalogue::{Catalogue, PullOptions, default_cache, pull};
+use model_zoo::compression::Offer;
 use model_zoo::loader::{LoadOptions, LoadedModel, base_of, load};
 use model_zoo::tokenizer::Tokenizer;
 
@@ -97,17 +98,20 @@ pub fn open_model(config: &Config) -> Result<NamedModel, String> {
         threads: Some(config.engine.threads),
     };
     let found = flags.find()?;
-    let (loaded, tokenizer) = flags.load(&found, config.engine.weight_bytes)?;
+    let (mut loaded, tokenizer) = flags.load(&found, config.engine.weight_bytes)?;
+    let levels = loaded.model.elastic().map(|elastic| elastic.num_levels());
     let calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
-    let offer = offer::checked(calibration, config.profiles.clone(), loaded.model.dims())?;
+    let offer = Offer { calibration, profiles: config.profiles.clone(), levels };
+    let offer = offer::checked(offer, loaded.model.dims())?;
     Ok(NamedModel { name: found.name, loaded, tokenizer, offer })
 }
 
-/// A file's name without `.gguf`, a folder's name.
+/// A file's name without its ending, a folder's name.
 fn name_of(path: &Path) -> String {
     let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let name = full.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
-    name.strip_suffix(".gguf").map_or(name.clone(), str::to_owned)
+    let stem = [".gguf", ".bitstack"].iter().find_map(|ending| name.strip_suffix(ending));
+    stem.map_or(name.clone(), str::to_owned)
 }
 
 pub(super) fn catalogue(extra: Option<&Path>) -> Result<Catalogue, String> {

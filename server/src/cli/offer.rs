@@ -1,6 +1,5 @@
 //! What requests can ask of a model: its calibration artefact, and the operator's profiles.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use model_zoo::compression::{Calibration, CompressionOptions, Context, Offer, calibration, registry};
@@ -57,12 +56,7 @@ pub(super) fn calibration(
 ///
 /// # Errors
 /// The profile that does not, and why.
-pub(crate) fn checked(
-    calibration: Option<Calibration>,
-    profiles: BTreeMap<String, CompressionOptions>,
-    dims: &ModelDims,
-) -> Result<Offer, String> {
-    let offer = Offer { calibration, profiles };
+pub(crate) fn checked(offer: Offer, dims: &ModelDims) -> Result<Offer, String> {
     for name in offer.profile_names() {
         let context = Context {
             num_layers: dims.num_layers,

@@ -49,6 +49,17 @@ struct Clock {
     reached: Option<Duration>,
 }
 
+/// Weights that a choice is served with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pin {
+    /// Blocks of the stack.
+    pub(super) blocks: usize,
+    /// Levels of a matrix on average.
+    pub(super) levels: f32,
+    /// Of its tokens from the start, those whose K and V others may use.
+    pub(super) shareable_len: usize,
+}
+
 const WEIGHTS: usize = 0;
 const KV: usize = 1;
 
@@ -158,13 +169,17 @@ impl Engine {
         self.scheduler.recompute(&changed);
     }
 
-    /// The blocks that a choice which arrives now is served with, and its levels on average; `None` where the
-    /// weights are held whole.
-    pub(super) fn pin(&mut self, _request: &GenerateRequest) -> Option<(usize, f32)> {
+    /// What a choice which arrives now is served with; `None` where the weights are held whole.
+    pub(super) fn pin(&mut self, request: &GenerateRequest) -> Option<Pin> {
         let target = self.budgets.blocks;
         let elastic = self.model.elastic()?;
-        let blocks = elastic.held().min(target);
-        Some((blocks, elastic.mean_levels(blocks) as f32))
+        let allowed = request.plan.levels().map_or(usize::MAX, |levels| elastic.blocks_of_levels(levels));
+        let blocks = elastic.held().min(target).min(allowed);
+        Some(Pin {
+            blocks,
+            levels: elastic.mean_levels(blocks) as f32,
+            shareable_len: elastic.shareable_len(request.prompt.len()),
+        })
     }
 
     /// Whether the budgets ask for something that is not done yet and can be done now.

@@ -11,7 +11,7 @@ use model_zoo::vision::PromptImage;
 use tokio::sync::mpsc;
 
 use super::Command;
-use super::memory::Budgets;
+use super::memory::{Budgets, Pin};
 use super::sequence::{Choice, Live, Shared};
 use crate::error::{Error, ErrorKind};
 use crate::memory::MemoryTargets;
@@ -41,7 +41,7 @@ impl Engine {
         (config, memory): (&SchedulerConfig, MemoryTargets),
         shared: Shared,
     ) -> model_zoo::Result<Self> {
-        let kv = model.new_kv(model.dims().kv_layout(config.block_size), config.num_pages)?;
+        let kv = KvCache::new(model.dims().kv_layout(config.block_size), config.num_pages)?;
         let blocks = model.elastic().map_or(0, |elastic| elastic.held());
         let budgets = Budgets::new(memory, (blocks, config.num_pages, kv.layout().page_bytes()));
         let scheduler = Scheduler::new(config.clone());
@@ -106,14 +106,14 @@ impl Engine {
             let id = SeqId(self.next_id);
             self.next_id += 1;
             let pin = self.pin(&live.request);
-            let spec = spec(&live.request, (id, group, index), pin.map(|(blocks, _)| blocks));
+            let spec = spec(&live.request, (id, group, index), pin);
             if let Err(error) = self.scheduler.add(spec) {
                 added.into_iter().for_each(|id| self.remove(id));
                 return live.send(TokenEvent::Failed(refusal(error)));
             }
             let mut choice = Choice::new(&live, index, &self.shared);
-            if let Some((blocks, levels)) = pin {
-                choice.serve_with(blocks, levels);
+            if let Some(pin) = pin {
+                choice.serve_with(pin.blocks, pin.levels);
             }
             self.choices.insert(id, choice);
             added.push(id);
@@ -159,17 +159,18 @@ impl Engine {
 fn spec(
     request: &GenerateRequest,
     (id, group, index): (SeqId, u64, usize),
-    blocks: Option<usize>,
+    pin: Option<Pin>,
 ) -> SequenceSpec {
     let demand: KvDemand = request.plan.kv_demand();
+    let shareable_len = pin.map_or(usize::MAX, |pin| pin.shareable_len);
     SequenceSpec {
         id,
         group,
         prompt: Arc::clone(&request.prompt),
         images: request.images.iter().map(span).collect(),
         max_tokens: request.max_tokens,
-        demand,
-        plan_key: request.plan.key().served_with(blocks),
+        demand: demand.shared_at_most(shareable_len),
+        plan_key: request.plan.key().served_with(pin.map(|pin| pin.blocks)),
         cache_salt: request.cache_salt,
         // One choice scores the prompt; its siblings share what it computed.
         bypass_prefix_cache: request.prompt_logprobs && index == 0,

@@ -162,6 +162,8 @@ impl Choice {
     /// It is served with these blocks of elastic weights from now on, of `levels` levels on average.
     pub(super) fn serve_with(&mut self, blocks: usize, levels: f32) {
         self.state.blocks = Some(blocks);
+        // What it has sampled so far is computed again as a prompt is.
+        self.state.decode_from = Some(self.live.request.prompt.len() + self.sampled);
         match self.clock.started {
             // What it was promised before it ran, it never had.
             None => self.served.clear(),

@@ -16,6 +16,7 @@ pub mod fit;
 pub mod inputs;
 pub mod linalg;
 pub mod scale;
+pub mod serve;
 pub mod signs;
 pub mod source;
 

@@ -1,13 +1,16 @@
 //! Reading a decoder's weights.
 
+use super::stack::{Matrices, Stack, matrices};
 use super::{CpuDecoder, Layer, Scratch, Weights};
 use crate::config::DecoderConfig;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::pool::Pool;
 use crate::layers::linear::{Cpu, Linear, to_f32};
 use crate::layers::rotary::Rotary;
+use crate::layers::stack::StackMatrix;
 use crate::models::ModelDims;
 use crate::weights::WeightSource;
+use crate::weights::levels::LevelSource;
 use crate::{Result, ZooError};
 
 /// A checkpoint being read for a config.
@@ -15,6 +18,8 @@ struct Reader<'a> {
     config: &'a DecoderConfig,
     source: &'a dyn WeightSource,
     cpu: &'a Cpu,
+    /// The matrices that come in levels.
+    matrices: Matrices,
 }
 
 impl CpuDecoder {
@@ -36,8 +41,35 @@ impl CpuDecoder {
         threads: usize,
         isa: Isa,
     ) -> Result<Self> {
+        Self::read(config, source, (threads, isa), Matrices::new())
+    }
+
+    /// Reads the weights that `levels` has in levels, as many as `budget` bytes of weights hold, and all others from
+    /// `source`. Memory never holds more than the budget and one level.
+    ///
+    /// # Errors
+    /// As [`CpuDecoder::load`]; [`ZooError::WeightBudget`] when the budget is less than the model can do with.
+    pub fn load_in_levels(
+        config: DecoderConfig,
+        (source, levels): (&dyn WeightSource, Box<dyn LevelSource>),
+        (threads, isa): (usize, Isa),
+        budget: Option<u64>,
+    ) -> Result<Self> {
+        let mut decoder = Self::read(config, source, (threads, isa), matrices(&*levels)?)?;
+        decoder.stack = Some(Stack::new(levels, decoder.weights.bytes() as u64));
+        decoder.fill_stack(budget)?;
+        decoder.dims.weight_bytes = decoder.weights.bytes();
+        Ok(decoder)
+    }
+
+    fn read(
+        config: DecoderConfig,
+        source: &dyn WeightSource,
+        (threads, isa): (usize, Isa),
+        matrices: Matrices,
+    ) -> Result<Self> {
         let cpu = Cpu { pool: Pool::new(threads), isa };
-        let weights = Reader { config: &config, source, cpu: &cpu }.weights()?;
+        let weights = Reader { config: &config, source, cpu: &cpu, matrices }.weights()?;
         let dims = ModelDims {
             architecture: config.architecture.clone(),
             num_layers: config.num_layers,
@@ -50,7 +82,7 @@ impl CpuDecoder {
             weight_bytes: weights.bytes(),
             sublayer_weights: weights.of_sublayers(),
         };
-        Ok(Self { config, dims, cpu, weights, scratch: Scratch::default() })
+        Ok(Self { config, dims, cpu, weights, stack: None, scratch: Scratch::default() })
     }
 }
 
@@ -135,6 +167,17 @@ impl Reader<'_> {
     }
 
     fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
+        let bias = format!("{name}.bias");
+        let bias = if self.source.contains(&bias) { Some(self.source.tensor(&bias)?) } else { None };
+        if let Some((levels, places)) = self.matrices.get(name) {
+            let found = [levels.rows, levels.cols];
+            if found != shape {
+                return Err(ZooError::Unsupported(format!(
+                    "the levels of {name} have shape {found:?}, the config says {shape:?}"
+                )));
+            }
+            return Linear::in_levels(StackMatrix::new(*levels, places.clone()), bias.as_ref());
+        }
         let weight = self.source.tensor(&format!("{name}.weight"))?;
         if weight.shape != shape {
             let found = &weight.shape;
@@ -142,8 +185,6 @@ impl Reader<'_> {
                 "{name}.weight has shape {found:?}, the config says {shape:?}"
             )));
         }
-        let bias = format!("{name}.bias");
-        let bias = if self.source.contains(&bias) { Some(self.source.tensor(&bias)?) } else { None };
         Linear::new(self.cpu, &weight, bias.as_ref())
     }
 

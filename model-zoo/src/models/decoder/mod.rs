@@ -5,6 +5,7 @@
 
 mod load;
 mod pruned;
+mod stack;
 mod sublayer;
 
 use std::ops::Range;
@@ -15,14 +16,16 @@ use crate::compression::route::{Active, Route, Span};
 use crate::config::DecoderConfig;
 use crate::kernels::cpu::attention::SLOTS;
 use crate::kernels::cpu::packed::Write;
-use crate::kernels::cpu::quantize::QuantizedRows;
 use crate::kernels::cpu::vector::{cosine, rms_norm};
 use crate::kv_cache::KvCache;
-use crate::layers::linear::{Activations, Cpu, Linear};
+use crate::layers::linear::{ActivationScratch, Activations, Cpu, Linear};
 use crate::layers::rotary::{Rotary, RotaryTable};
+use crate::layers::stack::Service;
+use crate::models::elastic::ElasticWeights;
 use crate::models::{CausalLm, ModelDims};
 use crate::step::{LogitRows, StepBatch};
 use crate::{Result, ZooError};
+use stack::Stack;
 
 /// A decoder with its weights, ready to run steps.
 #[derive(Debug)]
@@ -31,6 +34,8 @@ pub struct CpuDecoder {
     dims: ModelDims,
     cpu: Cpu,
     weights: Weights,
+    /// Where its matrices come in levels.
+    stack: Option<Stack>,
     scratch: Scratch,
 }
 
@@ -67,7 +72,9 @@ struct Layer {
 /// Memory that is kept from step to step.
 #[derive(Debug, Default)]
 struct Scratch {
-    quantized: QuantizedRows,
+    quantized: ActivationScratch,
+    /// How each token of the running sublayer is served, where weights come in levels.
+    services: Vec<Service>,
     tables: [RotaryTable; 2],
     x: Vec<f32>,
     compact: Vec<f32>,
@@ -128,6 +135,10 @@ impl CausalLm for CpuDecoder {
         head.forward(&self.cpu, &mut x, (Write::Store, logits));
         Ok(logits)
     }
+
+    fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
+        self.stack.is_some().then_some(self as &mut dyn ElasticWeights)
+    }
 }
 
 /// What a sublayer sees of the running step.
@@ -172,9 +183,6 @@ impl CpuDecoder {
         if layout != self.dims.kv_layout(layout.block_size) || !layout.block_size.is_multiple_of(SLOTS) {
             return Err(ZooError::Step(format!("pages of layout {layout:?} do not fit this model")));
         }
-        if kv.device_pages().is_some() {
-            return Err(ZooError::Step("the pages are on a device; this model runs on the CPU".into()));
-        }
         let layers = self.config.num_layers;
         for (index, row) in batch.rows.iter().enumerate() {
             let fail = |what: String| Err(ZooError::Step(format!("row {index}: {what}")));
@@ -189,6 +197,9 @@ impl CpuDecoder {
             };
             if let Some((_, token)) = row.tokens.iter().enumerate().find(unknown) {
                 return fail(format!("token {token} is outside the vocabulary"));
+            }
+            if let Some(blocks) = row.state.blocks.filter(|&blocks| blocks > self.held_blocks()) {
+                return fail(format!("is served with {blocks} blocks, of which not all are held"));
             }
             if row.kv_len.len() != layers || row.block_tables.len() != layers {
                 return fail(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
@@ -253,6 +264,7 @@ impl CpuDecoder {
     }
 
     fn run_unseen(&mut self, step: &mut Step<'_, '_>, half: Half<'_>) {
+        self.serve(&step.batch.rows, step.route.spans());
         match half.sublayer {
             Sublayer::Attention => self.attention(step, half),
             Sublayer::Ffn if step.route.watched().is_empty() => self.ffn(step, half),

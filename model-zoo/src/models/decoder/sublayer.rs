@@ -27,7 +27,8 @@ impl CpuDecoder {
         s.q.resize(tokens * layer.q.out_features(), 0.0);
         s.k.resize(tokens * layer.k.out_features(), 0.0);
         s.v.resize(tokens * layer.v.out_features(), 0.0);
-        let mut normed = Activations::new(&s.normed, config.hidden_size, &mut s.quantized);
+        let mut normed =
+            Activations::new(&s.normed, config.hidden_size, &mut s.quantized).served(&s.services);
         let store = Write::Store;
         forward_many(
             cpu,
@@ -62,8 +63,8 @@ impl CpuDecoder {
         attention(cpu, &shape, &segments, (&s.q, kv.pages(), &mut s.mixed));
         show(step.batch, (index, LinearInput::O), &s.mixed);
         let post = layer.post_norms.as_ref().map(|[after, _]| (after.as_slice(), config.rms_norm_eps));
-        let Scratch { mixed, normed, quantized, .. } = s;
-        let mut mixed = Activations::new(mixed, layer.o.in_features(), quantized);
+        let Scratch { mixed, normed, quantized, services, .. } = s;
+        let mut mixed = Activations::new(mixed, layer.o.in_features(), quantized).served(services);
         project(cpu, (&layer.o, &mut mixed), post, (half.x, normed));
     }
 
@@ -72,13 +73,13 @@ impl CpuDecoder {
         let (config, cpu) = (&self.config, &self.cpu);
         let layer = &self.weights.layers[half.layer];
         let tokens = half.x.len() / config.hidden_size;
-        let Scratch { normed, quantized, gate, up, .. } = &mut self.scratch;
+        let Scratch { normed, quantized, services, gate, up, .. } = &mut self.scratch;
         norm_rows(cpu, half.x, (&layer.ffn_norm, config.rms_norm_eps), normed);
         show(step.batch, (half.layer, LinearInput::GateUp), normed);
         let width = layer.gate.out_features();
         gate.resize(tokens * width, 0.0);
         up.resize(tokens * width, 0.0);
-        let mut input = Activations::new(normed, config.hidden_size, quantized);
+        let mut input = Activations::new(normed, config.hidden_size, quantized).served(services);
         forward_many(
             cpu,
             &mut input,
@@ -87,7 +88,7 @@ impl CpuDecoder {
         activate(cpu, config.activation, (gate, up), width);
         show(step.batch, (half.layer, LinearInput::Down), gate);
         let post = layer.post_norms.as_ref().map(|[_, after]| (after.as_slice(), config.rms_norm_eps));
-        let mut gated = Activations::new(gate, width, quantized);
+        let mut gated = Activations::new(gate, width, quantized).served(services);
         project(cpu, (&layer.down, &mut gated), post, (half.x, normed));
     }
 }

@@ -48,6 +48,10 @@ impl ElasticWeights for ToyStack {
         BASE_BYTES + (blocks * self.options.block_bytes) as u64
     }
 
+    fn num_levels(&self) -> usize {
+        1 + self.options.num_blocks.div_ceil(MATRICES)
+    }
+
     fn blocks_of_levels(&self, levels: usize) -> usize {
         (levels.saturating_sub(1) * MATRICES).min(self.options.num_blocks)
     }

@@ -7,7 +7,7 @@ mod report;
 use std::path::PathBuf;
 
 use indexmap::IndexMap;
-use model_zoo::compression::CompressionOptions;
+use model_zoo::compression::{CompressionOptions, Offer};
 
 use super::calibrate::{Bar, read_text};
 use super::model::ModelFlags;
@@ -51,7 +51,7 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     let (mut loaded, tokenizer) = options.model.load(&found, None)?;
     let dims = loaded.model.dims().clone();
     let calibration = offer::calibration(&found, options.calibration.as_deref(), &dims)?;
-    let offer = offer::checked(calibration, std::collections::BTreeMap::new(), &dims)?;
+    let offer = offer::checked(Offer { calibration, ..Offer::default() }, &dims)?;
     let mut bar = Bar::default();
     let subject = measure::Subject { dims, offer: &offer, tokenizer: &tokenizer, text: &text };
     let settings = measure::Settings { windows: options.windows, rounds: options.rounds };

@@ -2,7 +2,7 @@
 
 use model_zoo::compression::CompressionOptions;
 use model_zoo::compression::options::{
-    DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode, Think,
+    BitStack, DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode, Think,
 };
 use rheostat_proto::rheostat::v1;
 
@@ -16,11 +16,9 @@ use crate::request::{ChoiceUsage, Work};
 /// [`crate::error::ErrorKind::InvalidArgument`] for such a method, or an enum value of a later version.
 pub(super) fn options(wire: v1::Compression) -> Result<CompressionOptions, Error> {
     let v1::Compression { profile, skip_decode, ffn_skip, drop, think, vision, bitstack } = wire;
-    for (name, asked) in [("vision", vision.is_some()), ("bitstack", bitstack.is_some())] {
-        if asked {
-            let name = format!("compression.{name}");
-            return Err(Error::invalid(&name, format!("{name} is not supported by this version")));
-        }
+    if vision.is_some() {
+        let name = "compression.vision";
+        return Err(Error::invalid(name, format!("{name} is not supported by this version")));
     }
     Ok(CompressionOptions {
         profile: Some(profile).filter(|p| !p.is_empty()),
@@ -32,6 +30,7 @@ pub(super) fn options(wire: v1::Compression) -> Result<CompressionOptions, Error
             joint: drop.joint.unwrap_or(0) as usize,
         }),
         think: think.map(|think| Think { ratio: think.ratio, recent: think.recent.map(|n| n as usize) }),
+        bitstack: bitstack.map(|bitstack| BitStack { levels: bitstack.levels.map(|n| n as usize) }),
     })
 }
 
@@ -136,7 +135,7 @@ fn wire(plan: &CompressionOptions) -> v1::Compression {
         }),
         think: plan.think.map(|think| v1::Think { ratio: think.ratio, recent: think.recent.map(count) }),
         vision: None,
-        bitstack: None,
+        bitstack: plan.bitstack.map(|bitstack| v1::BitStack { levels: bitstack.levels.map(count) }),
     }
 }
 

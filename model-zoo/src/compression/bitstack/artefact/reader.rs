@@ -104,10 +104,20 @@ impl Artefact {
     /// # Errors
     /// [`ZooError::Io`], or [`ZooError::Format`] when its bytes are not what was written.
     pub fn read_block(&self, entry: &BlockEntry) -> Result<Block> {
+        let bytes = self.read_bytes(entry)?;
+        Block::from_bytes((entry.linear, entry.level), self.shape(entry.linear), &bytes).ok_or_else(|| {
+            let (level, linear, len) = (entry.level, entry.linear, bytes.len());
+            self.file.malformed(format!("level {level} of {linear} has {len} bytes"))
+        })
+    }
+
+    /// Reads a block as [`Block::to_bytes`] wrote it.
+    ///
+    /// # Errors
+    /// As [`Artefact::read_block`].
+    pub fn read_bytes(&self, entry: &BlockEntry) -> Result<Vec<u8>> {
         let what = || format!("level {} of {}", entry.level, entry.linear);
-        let bytes = self.read((entry.offset, entry.len, &entry.sha256), what)?;
-        Block::from_bytes((entry.linear, entry.level), self.shape(entry.linear), &bytes)
-            .ok_or_else(|| self.file.malformed(format!("{} has {} bytes", what(), bytes.len())))
+        self.read((entry.offset, entry.len, &entry.sha256), what)
     }
 
     /// Embedding, norms, biases, and the output matrix where it is not the embedding.
