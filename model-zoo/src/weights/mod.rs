@@ -25,6 +25,13 @@ pub struct RawTensor<'a> {
     pub data: Cow<'a, [u8]>,
 }
 
+impl RawTensor<'_> {
+    /// The same with bytes of its own.
+    pub fn owned(self) -> RawTensor<'static> {
+        RawTensor { dtype: self.dtype, shape: self.shape, data: Cow::Owned(self.data.into_owned()) }
+    }
+}
+
 /// A checkpoint that tensors are read from by Hugging Face name (`model.layers.0.self_attn.q_proj.weight`,
 /// `model.embed_tokens.weight`, `model.norm.weight`, `lm_head.weight`, …). GGUF names are translated.
 pub trait WeightSource {

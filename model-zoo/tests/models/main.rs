@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod bitstack;
+mod bitstack_build;
 mod blocks;
 mod calibration;
 mod compression;

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand.
 
+mod bitstack;
 mod calibrate;
 mod eval;
 mod key;
@@ -32,6 +33,8 @@ enum Command {
     Pull(pull::Options),
     /// Measure a model on a text, once, for the compression methods that need it
     Calibrate(calibrate::Options),
+    /// Build stacks of weights that fit any memory budget
+    Bitstack(bitstack::Options),
     /// Make an API key and the lines of the configuration that let it in
     Key(key::Options),
     /// Measure quality, speed and memory of compression plans
@@ -45,6 +48,7 @@ pub fn main() -> ExitCode {
         Command::Serve(options) => serve::main(*options),
         Command::Pull(options) => pull::main(&options),
         Command::Calibrate(options) => calibrate::main(&options),
+        Command::Bitstack(options) => bitstack::main(&options),
         Command::Key(options) => key::main(&options),
         Command::Eval(options) => eval::main(&options),
     };

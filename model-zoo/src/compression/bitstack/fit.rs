@@ -303,3 +303,82 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     }
     f64::from(sums.iter().sum::<f32>() + tail)
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::Projection;
+    use super::super::avd::take_level;
+    use super::super::dense::sum_of;
+    use super::*;
+
+    const UP: LinearId = LinearId { layer: 0, projection: Projection::Up };
+
+    /// A weight, and inputs of which some are large and all depend on each other.
+    fn case(shape: Shape) -> (Vec<f32>, Inputs) {
+        let mut rng = ChaCha8Rng::seed_from_u64(23);
+        let mut values = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
+        let (weight, mut x) = (values(shape.rows * shape.cols), values(300 * shape.cols));
+        for token in x.chunks_exact_mut(shape.cols) {
+            let shared = token[0] + token[1];
+            let scale = |j: usize| if j % 10 == 3 { 9.0 } else { 1.0 };
+            token.iter_mut().enumerate().for_each(|(j, x)| *x = (*x + shared) * scale(j));
+        }
+        let moments: Vec<f32> = (0..shape.cols * shape.cols)
+            .map(|at| {
+                (0..300)
+                    .map(|t| {
+                        x[t * shape.cols + at / shape.cols] * x[t * shape.cols + at % shape.cols] / 300.0
+                    })
+                    .sum()
+            })
+            .collect();
+        (weight, Inputs::measured(&moments, shape.cols))
+    }
+
+    #[test]
+    fn blocks_are_what_was_taken_out_of_the_residual() {
+        for (rank, count) in [(1, 3), (2, 1), (3, 2), (8, 1), (16, 1)] {
+            let shape = Shape { rows: 40, cols: 72, rank };
+            let (weight, inputs) = case(shape);
+            let mut residual = Residual::new(&weight, shape, &inputs);
+            let mut blocks = residual.take_group(&inputs, UP, (0, count));
+            blocks.extend(residual.take_group(&inputs, UP, (count, 1)));
+            assert!(blocks.iter().map(|block| block.level).eq(0..=count));
+            let sum = sum_of(&blocks, shape);
+            let left: Vec<f32> = weight.iter().zip(&sum).map(|(weight, sum)| weight - sum).collect();
+            for (left, kept) in inputs.columns_of(&left).iter().zip(residual.columns()) {
+                assert!((left - kept).abs() < 1e-3 * (1.0 + kept.abs()), "rank {rank}: {left} {kept}");
+            }
+        }
+    }
+
+    #[test]
+    fn outputs_are_nearer_than_with_the_published_blocks_of_the_same_size() {
+        let shape = Shape { rows: 64, cols: 96, rank: 2 };
+        let (weight, inputs) = case(shape);
+        let scaled: Vec<f32> =
+            weight.iter().enumerate().map(|(at, weight)| weight * inputs.scale[at % shape.cols]).collect();
+        let mut published = scaled;
+        let mut fitted = Residual::new(&weight, shape, &inputs);
+        let mut last = inputs.error(fitted.columns());
+        for level in 0..4 {
+            take_level(&mut published, shape, (UP, level));
+            let unscaled: Vec<f32> =
+                published.iter().enumerate().map(|(at, left)| left / inputs.scale[at % shape.cols]).collect();
+            fitted.take_group(&inputs, UP, (level, 1));
+            let (theirs, ours) =
+                (inputs.error(&inputs.columns_of(&unscaled)), inputs.error(fitted.columns()));
+            assert!(ours < 0.9 * theirs && ours < last, "level {level}: {ours} {theirs}");
+            last = ours;
+        }
+        // Three levels that are chosen together are better than three that are chosen one by one.
+        let (mut together, mut single) =
+            (Residual::new(&weight, shape, &inputs), Residual::new(&weight, shape, &inputs));
+        together.take_group(&inputs, UP, (0, 3));
+        (0..3).for_each(|level| drop(single.take_group(&inputs, UP, (level, 1))));
+        assert!(inputs.error(together.columns()) < inputs.error(single.columns()));
+    }
+}

@@ -9,7 +9,7 @@ use crate::kernels::cpu::gemm::{Target, View, matmul};
 use crate::kernels::cpu::pool::Pool;
 
 /// Columns whose feedback is computed at once.
-pub(super) const TILE: usize = 64;
+pub(super) const TILE: usize = 32;
 /// Added to the diagonal, as a share of its mean: inputs of the served model are not quite those measured.
 const DAMPING: f64 = 0.01;
 /// Least root mean square of an input, as a share of the mean: an input that was never seen is not free.

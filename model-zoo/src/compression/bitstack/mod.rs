@@ -8,13 +8,22 @@
 //! What it saves: weight bytes, for the whole server; a request that is served with fewer levels than are held saves
 //! work, but no memory. Knobs: `memory.weights`, and a request's levels.
 //!
-//! A stack is made once into one file, the [`artefact`].
+//! A stack is made once, by [`build`], into one file, the [`artefact`]. [`avd`] is the published decomposition,
+//! [`fit`] one that sees what the matrix's [`inputs`] are, [`scale`] measures those, [`order`] sorts the stack.
+//! [`import`] reads checkpoints in the layout that the paper's authors publish.
 
 pub mod artefact;
 pub mod avd;
+pub mod build;
+pub mod dense;
 pub mod fit;
+pub mod import;
 pub mod inputs;
+pub mod journal;
 pub mod linalg;
+pub mod order;
+pub mod published;
+pub mod quantized;
 pub mod scale;
 pub mod serve;
 pub mod signs;
@@ -100,6 +109,14 @@ impl LinearId {
     /// Its weight's name in Hugging Face's spelling.
     pub fn weight_name(self) -> String {
         format!("model.layers.{}.{}.weight", self.layer, self.projection.module())
+    }
+
+    /// The matrix whose weight has this name, if it is one that is decomposed.
+    pub fn of_weight(name: &str) -> Option<Self> {
+        let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let module = rest.strip_suffix(".weight")?;
+        let projection = Projection::ALL.into_iter().find(|projection| projection.module() == module)?;
+        Some(Self { layer: layer.parse().ok()?, projection })
     }
 }
 

@@ -32,13 +32,19 @@ impl LinearInput {
     }
 }
 
-/// Sums over the tokens of some layers.
+/// What was seen of the inputs of some layers.
 #[derive(Debug)]
-pub struct Moments {
+pub struct Measured {
     layers: Range<usize>,
     /// Layer by layer, input by input.
     sums: Vec<Sums>,
-    pool: Pool,
+}
+
+/// Sums up what it is shown.
+#[derive(Debug)]
+pub struct Moments {
+    measured: Measured,
+    threads: usize,
 }
 
 /// Of one input.
@@ -64,14 +70,21 @@ impl Moments {
             Sums { width, products: vec![0.0; width * width], norms: vec![0.0; width], tokens: 0, windows: 0 }
         };
         let sums = layers.clone().flat_map(|_| LinearInput::ALL.map(sums)).collect();
-        Self { layers, sums, pool: Pool::new(threads) }
+        Self { measured: Measured { layers, sums }, threads }
+    }
+
+    /// What was seen.
+    pub fn into_measured(self) -> Measured {
+        self.measured
     }
 
     /// Bytes that one layer takes.
     pub fn bytes_of_layer(config: &DecoderConfig) -> usize {
         LinearInput::ALL.iter().map(|input| 4 * input.width(config).pow(2)).sum()
     }
+}
 
+impl Measured {
     /// The sums of `input` of `layer`.
     ///
     /// # Panics
@@ -93,16 +106,19 @@ impl Sums {
         self.norms.iter().map(|sum| (sum / self.windows.max(1) as f64) as f32 + 1e-3).collect()
     }
 
-    fn add(&mut self, pool: &Pool, x: &[f32]) {
+    /// Adds a window. Who computes a tile does not change what it is.
+    fn add(&mut self, threads: usize, x: &[f32]) {
         let width = self.width;
         let tokens = x.len() / width;
-        for first in (0..width).step_by(TILE) {
-            let rows = TILE.min(width - first);
-            let left = View::rows(&x[first..], width).transposed();
-            let values = &mut self.products[first * width + first..];
-            let target = Target { values, stride: width, add: true };
-            matmul(pool, [rows, tokens, width - first], (left, View::rows(&x[first..], width)), target);
+        let mut shares: Vec<Vec<_>> = (0..threads.max(1)).map(|_| Vec::new()).collect();
+        for (index, tile) in self.products.chunks_mut(TILE * width).enumerate() {
+            shares[index % threads.max(1)].push((index * TILE, tile));
         }
+        std::thread::scope(|scope| {
+            for share in shares {
+                scope.spawn(move || share.into_iter().for_each(|tile| add_tile(tile, x, [tokens, width])));
+            }
+        });
         let mut squares = vec![0f64; width];
         for token in x.chunks_exact(width) {
             squares.iter_mut().zip(token).for_each(|(sum, &x)| *sum += f64::from(x).powi(2));
@@ -113,15 +129,23 @@ impl Sums {
     }
 }
 
+/// Adds the products of the channels from `first` on, as many as the tile has rows, with those not before them.
+fn add_tile((first, tile): (usize, &mut [f32]), x: &[f32], [tokens, width]: [usize; 2]) {
+    let rows = tile.len() / width;
+    let left = View::rows(&x[first..], width).transposed();
+    let target = Target { values: &mut tile[first..], stride: width, add: true };
+    matmul(&Pool::new(1), [rows, tokens, width - first], (left, View::rows(&x[first..], width)), target);
+}
+
 impl Probe for Moments {
     fn sublayer(&mut self, _: (usize, Sublayer), _: &[f32], _: &[f32]) {}
 
     fn attention(&mut self, _: usize, _: &[f32], _: &[f32]) {}
 
     fn linear_input(&mut self, (layer, input): (usize, LinearInput), x: &[f32]) {
-        if self.layers.contains(&layer) {
-            let index = (layer - self.layers.start) * LinearInput::ALL.len() + input as usize;
-            self.sums[index].add(&self.pool, x);
+        let Measured { layers, sums } = &mut self.measured;
+        if layers.contains(&layer) {
+            sums[(layer - layers.start) * LinearInput::ALL.len() + input as usize].add(self.threads, x);
         }
     }
 }

@@ -11,10 +11,11 @@ use crate::config::llava::LlavaConfig;
 use crate::kernels::cpu::quantize::BLOCK;
 use crate::layers::linear::to_f32;
 use crate::loader::TokenizerSource;
-use crate::weights::WeightSource;
+use crate::models::decoder::CpuDecoder;
 use crate::weights::gguf::GgufFile;
 use crate::weights::merged::{q8_0, to_dense};
 use crate::weights::safetensors::SafetensorsCheckpoint;
+use crate::weights::{RawTensor, WeightSource};
 use crate::{Result, ZooError};
 
 /// An opened source.
@@ -24,7 +25,7 @@ pub struct Source {
     /// The tokenizer.
     pub tokenizer: TokenizerSource,
     norm_offset: f32,
-    weights: Box<dyn WeightSource>,
+    weights: Box<dyn WeightSource + Send + Sync>,
 }
 
 impl Source {
@@ -52,10 +53,19 @@ impl Source {
     pub(super) fn new(
         config: DecoderConfig,
         tokenizer: TokenizerSource,
-        weights: Box<dyn WeightSource>,
+        weights: Box<dyn WeightSource + Send + Sync>,
     ) -> Self {
         let norm_offset = config.norm_offset;
         Self { config: DecoderConfig { norm_offset: 0.0, ..config }, tokenizer, norm_offset, weights }
+    }
+
+    /// The model itself, to see what its matrices are applied to.
+    ///
+    /// # Errors
+    /// As [`CpuDecoder::load`].
+    pub fn decoder(&self, threads: usize) -> Result<CpuDecoder> {
+        let config = DecoderConfig { norm_offset: self.norm_offset, ..self.config.clone() };
+        CpuDecoder::load(config, &*self.weights, threads)
     }
 
     /// A decomposed matrix's values, `[rows, cols]`.
@@ -72,6 +82,24 @@ impl Source {
             )));
         }
         to_dense(&tensor)
+    }
+
+    /// Bytes of the decomposed matrices as the source holds them.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`].
+    pub fn matrix_bytes(&self) -> Result<u64> {
+        let linears = LinearId::all(self.config.num_layers);
+        linears.map(|linear| Ok(self.weights.tensor(&linear.weight_name())?.data.len() as u64)).sum()
+    }
+
+    /// The bias of a decomposed matrix, if it has one.
+    ///
+    /// # Errors
+    /// [`ZooError::Io`] when it cannot be read.
+    pub fn bias(&self, linear: LinearId) -> Result<Option<RawTensor<'_>>> {
+        let name = linear.weight_name().replace(".weight", ".bias");
+        if self.weights.contains(&name) { self.weights.tensor(&name).map(Some) } else { Ok(None) }
     }
 
     /// Everything that is not decomposed. Embedding and output matrix are as the source holds them, bit for bit, or in
@@ -127,5 +155,20 @@ impl Source {
         let tensor = self.weights.tensor(name)?;
         let data = to_f32(&tensor)?.iter().flat_map(|value| (value + offset).to_le_bytes()).collect();
         Ok(StoredTensor { name: name.to_owned(), dtype: GgmlDType::F32, shape: tensor.shape, data })
+    }
+}
+
+/// The source's tensors; norms are f32 with the offset added, as [`Source::config`] says.
+impl WeightSource for Source {
+    fn contains(&self, name: &str) -> bool {
+        self.weights.contains(name)
+    }
+
+    fn tensor(&self, name: &str) -> Result<RawTensor<'_>> {
+        if self.norm_offset == 0.0 || !name.ends_with("norm.weight") {
+            return self.weights.tensor(name);
+        }
+        let StoredTensor { dtype, shape, data, .. } = self.small(name, self.norm_offset)?;
+        Ok(RawTensor { dtype, shape, data: std::borrow::Cow::Owned(data) })
     }
 }

@@ -16,11 +16,29 @@ const METADATA: &str = "__metadata__";
 /// Where a tensor lies and what it is.
 #[derive(Debug)]
 pub(super) struct TensorEntry {
-    pub(super) dtype: GgmlDType,
+    pub(super) dtype: Element,
     pub(super) shape: Vec<usize>,
     /// From the start of the file.
     pub(super) offset: u64,
     pub(super) num_bytes: usize,
+}
+
+/// What a tensor is made of.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Element {
+    /// Floats.
+    Float(GgmlDType),
+    /// Bytes, whatever they stand for.
+    Byte,
+}
+
+impl Element {
+    fn size(self) -> usize {
+        match self {
+            Self::Float(dtype) => dtype.type_size(),
+            Self::Byte => 1,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -61,9 +79,10 @@ fn entry(file: &WeightFile, name: &str, value: Value, data_start: u64) -> Result
     let raw = RawEntry::deserialize(value)
         .map_err(|e| file.malformed(format!("malformed header: tensor {name:?}: {e}")))?;
     let dtype = match raw.dtype.as_str() {
-        "F32" => GgmlDType::F32,
-        "F16" => GgmlDType::F16,
-        "BF16" => GgmlDType::BF16,
+        "F32" => Element::Float(GgmlDType::F32),
+        "F16" => Element::Float(GgmlDType::F16),
+        "BF16" => Element::Float(GgmlDType::BF16),
+        "U8" => Element::Byte,
         other => {
             return Err(file.malformed(format!(
                 "tensor {name:?} has type {other}, which is not supported; use F32, F16 or BF16"
@@ -71,7 +90,7 @@ fn entry(file: &WeightFile, name: &str, value: Value, data_start: u64) -> Result
         }
     };
     let elements = raw.shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
-    let num_bytes = elements.and_then(|elements| elements.checked_mul(dtype.type_size()));
+    let num_bytes = elements.and_then(|elements| elements.checked_mul(dtype.size()));
     let (start, end) = raw.data_offsets;
     let claimed = end.checked_sub(start);
     let Some(num_bytes) = num_bytes.filter(|&bytes| bytes > 0 && Some(bytes as u64) == claimed) else {

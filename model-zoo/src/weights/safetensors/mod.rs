@@ -16,7 +16,7 @@ use serde::Deserialize;
 use super::file::WeightFile;
 use super::{RawTensor, WeightSource};
 use crate::{Result, ZooError};
-use header::TensorEntry;
+use header::{Element, TensorEntry};
 
 /// What the names of a model's files begin with.
 const STEM: &str = "model";
@@ -103,6 +103,26 @@ impl SafetensorsCheckpoint {
     }
 }
 
+impl SafetensorsCheckpoint {
+    /// The names of all tensors, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The bytes of a tensor of type U8.
+    ///
+    /// # Errors
+    /// [`ZooError::Format`] when there is none.
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        match self.tensors.get(name) {
+            Some((shard, TensorEntry { dtype: Element::Byte, offset, num_bytes, .. })) => {
+                self.shards[*shard].read_at(*offset, *num_bytes)
+            }
+            _ => Err(ZooError::format(&self.folder, format!("the checkpoint has no bytes {name:?}"))),
+        }
+    }
+}
+
 fn read_index(path: &Path) -> Result<Index> {
     let file = WeightFile::open(path)?;
     if file.len() > MAX_INDEX_BYTES {
@@ -130,7 +150,13 @@ impl WeightSource for SafetensorsCheckpoint {
         let Some((shard, entry)) = self.tensors.get(name) else {
             return Err(ZooError::format(&self.folder, format!("the checkpoint has no tensor {name:?}")));
         };
-        let data = self.shards[*shard].read_at(entry.offset, entry.num_bytes)?;
-        Ok(RawTensor { dtype: entry.dtype, shape: entry.shape.clone(), data: Cow::Owned(data) })
+        let file = &self.shards[*shard];
+        let Element::Float(dtype) = entry.dtype else {
+            return Err(file.malformed(format!(
+                "tensor {name:?} has type U8, which is not supported; use F32, F16 or BF16"
+            )));
+        };
+        let data = file.read_at(entry.offset, entry.num_bytes)?;
+        Ok(RawTensor { dtype, shape: entry.shape.clone(), data: Cow::Owned(data) })
     }
 }

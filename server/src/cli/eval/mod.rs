@@ -1,7 +1,7 @@
 //! `rheostat eval`
 
 mod measure;
-mod plot;
+pub(super) mod plot;
 mod report;
 
 use std::path::PathBuf;

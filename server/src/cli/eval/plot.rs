@@ -25,10 +25,17 @@ struct Point<'a> {
 /// # Errors
 /// A sentence, when the file cannot be drawn or written.
 pub(super) fn front(path: &Path, title: &str, rows: &[Row]) -> Result<(), String> {
-    // The bitmap backend has no fonts of its own, and servers often have none.
-    register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
-        .map_err(|_| "the built-in font cannot be read".to_owned())?;
+    register_fonts()?;
     draw(path, title, rows).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Gives plots a font: the bitmap backend has none of its own, and servers often have none.
+///
+/// # Errors
+/// When the built-in font cannot be read.
+pub(in crate::cli) fn register_fonts() -> Result<(), String> {
+    register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
+        .map_err(|_| "the built-in font cannot be read".to_owned())
 }
 
 fn draw<'a>(path: &'a Path, title: &str, rows: &[Row]) -> Result<(), Box<dyn std::error::Error + 'a>> {

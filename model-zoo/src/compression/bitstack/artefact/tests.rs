@@ -96,6 +96,29 @@ fn what_is_written_is_read() {
     assert_eq!(files.files["tokenizer.json"], "{}");
 }
 
+#[test]
+fn a_gguf_files_tokenizer_comes_back_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/smollm.gguf");
+    let metadata = crate::weights::gguf::GgufFile::open(&fixture).unwrap().into_metadata();
+    let config = config();
+    let linears = LinearId::all(config.num_layers).count();
+    let contents = Contents {
+        config: &config,
+        provenance: Provenance::default(),
+        ranks: vec![RANK; linears],
+        tokenizer: &TokenizerSource::Gguf(metadata.clone()),
+        tensors: Vec::new(),
+        stack: Vec::new(),
+    };
+    let path = folder.path().join("stack");
+    write(&path, &contents, &mut |linear, level| Ok(block(linear, level, shape(linear, &config)))).unwrap();
+    let TokenizerSource::Gguf(found) = Artefact::open(&path).unwrap().tokenizer().unwrap() else {
+        panic!("another source");
+    };
+    assert_eq!(found.sorted(), metadata.sorted());
+}
+
 /// Everything in the artefact at `path`, or the first refusal.
 fn read_all(path: &Path) -> crate::Result<()> {
     let artefact = Artefact::open(path)?;
