@@ -68,6 +68,7 @@ fn cases(dims: &ModelDims, offer: &Offer, batch: usize) -> Result<Vec<Case>> {
             head_dim: dims.head_dim,
             prompt_len: PROMPT,
             max_tokens: TOKENS,
+            images: &[],
             offer,
         };
         registry::compile(options, &context)

@@ -81,6 +81,11 @@ impl StepRow<'_> {
         PromptImage::row(self.images, self.first_pos + index)
     }
 
+    /// Whether token `index` of the row stands for a part of an image, with a row or without.
+    pub fn is_visual(&self, index: usize) -> bool {
+        self.images.iter().any(|image| image.range().contains(&(self.first_pos + index)))
+    }
+
     /// Number of logit rows that this row asks for.
     pub fn num_logit_rows(&self) -> usize {
         match self.logits {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use model_zoo::compression::Plan;
+use model_zoo::compression::{Plan, VisualUse};
 use model_zoo::vision::PromptImage;
 
 use crate::auth::{Charge, Client};
@@ -294,7 +294,7 @@ pub struct Served {
 }
 
 /// What of the model a choice ran, tokens that were computed again after a preemption included.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Work {
     /// Attention layers run, over all tokens.
     pub attention_layers: u64,
@@ -306,6 +306,8 @@ pub struct Work {
     pub dense_layers: u64,
     /// Bytes of the KV pages that its tokens filled at its end.
     pub kv_bytes: u64,
+    /// What it ran of the images in its prompt, if there are any: the same for every choice of a prompt.
+    pub visual: Option<VisualUse>,
 }
 
 impl std::ops::AddAssign for Work {
@@ -315,5 +317,6 @@ impl std::ops::AddAssign for Work {
         self.ffns_skipped += other.ffns_skipped;
         self.dense_layers += other.dense_layers;
         self.kv_bytes += other.kv_bytes;
+        self.visual = self.visual.or(other.visual);
     }
 }

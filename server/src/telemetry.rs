@@ -305,7 +305,7 @@ pub struct Metrics {
     preemptions: Paired<Counter>,
     compressed: [Paired<Counter>; METHODS.len()],
     sublayers_run: [Paired<Counter>; 2],
-    sublayers_skipped: [Paired<Counter>; 3],
+    sublayers_skipped: [Paired<Counter>; 4],
     running: Paired<Gauge>,
     waiting: Paired<Gauge>,
     kv_pages: [Paired<Gauge>; 3],
@@ -362,7 +362,7 @@ impl Metrics {
             compressed: METHODS.map(|m| instruments.counter(&COMPRESSED, label("method", m), Vec::new())),
             sublayers_run: ["attention", "ffn"]
                 .map(|s| instruments.counter(&SUBLAYERS_RUN, label("sublayer", s), Vec::new())),
-            sublayers_skipped: ["drop", "skip_decode", "ffn_skip"]
+            sublayers_skipped: ["drop", "skip_decode", "ffn_skip", "vision"]
                 .map(|m| instruments.counter(&SUBLAYERS_SKIPPED, label("method", m), Vec::new())),
             running: gauge(&RUNNING),
             waiting: gauge(&WAITING),
@@ -454,7 +454,7 @@ impl Metrics {
         for (counter, count) in self.sublayers_run.iter().zip(sample.sublayers_run) {
             counter.add(count);
         }
-        let skipped = [sample.dropped, sample.too_deep, sample.ffns_skipped];
+        let skipped = [sample.dropped, sample.too_deep, sample.ffns_skipped, sample.visual_left_out];
         for (counter, count) in self.sublayers_skipped.iter().zip(skipped) {
             counter.add(count);
         }

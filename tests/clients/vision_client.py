@@ -86,6 +86,39 @@ def check_streams_and_turns(server):
     equal("".join(chunk.choices[0].delta.content or "" for chunk in chunks), whole, "the streamed text")
 
 
+def check_image_tokens_are_dropped(server):
+    keep = max(server.tokens // 9, 1)
+    ask = lambda **vision: server.chat(
+        server.picture("rgb.png"), TEXT, logprobs=True, extra_body={"compression": {"vision": vision} if vision else {}}
+    )
+    used = lambda answer: answer.usage.model_extra["compression"]
+    whole = used(ask())
+    equal(whole["visual_tokens"], {"shown": server.tokens, "kept": server.tokens, "mean_kept": server.tokens}, "all")
+    for vision in (
+        {"keep": keep},
+        {"keep": keep, "merge": 0.8, "key_rate": 0},
+        {"keep": keep, "baseline": "pool"},
+        {"keep": keep, "baseline": "random", "seed": 5},
+    ):
+        answer, again = ask(**vision), ask(**vision)
+        usage, tokens = used(answer), used(answer)["visual_tokens"]
+        equal(tokens["shown"], server.tokens, f"{vision}: tokens shown")
+        check(1 <= tokens["kept"] <= keep <= tokens["mean_kept"] + 1, f"{vision}: {tokens}")
+        check(usage["kv_bytes"] <= whole["kv_bytes"] and usage["plan"]["vision"]["keep"] == keep, f"{usage}")
+        check(usage["attention_layers_run"] < whole["attention_layers_run"], f"{vision}: {usage}")
+        score = lambda one: one.choices[0].logprobs.content[0].logprob
+        equal(score(answer), score(again), f"{vision}: asked again")
+    for vision, says in (
+        ({"keep": 0}, "at least 1"),
+        ({"baseline": "pool"}, "needs compression.vision.keep"),
+        ({"layers": [1000]}, "layers of the model"),
+        ({"merge": "much"}, "merge"),
+    ):
+        with raises(openai.BadRequestError, says) as caught:
+            ask(**vision)
+        check(says in caught[0].message, f"{caught[0].message} does not say {says!r}")
+
+
 def check_what_cannot_be_shown_is_refused(server):
     good = (server.pictures / "rgb.png").read_bytes()
     bomb = png(4096, 4096, zlib.compress(bytes(4097 * 64)))
@@ -117,15 +150,17 @@ def check_what_is_seen_is_told(server):
     if server.questions is None:
         return
     asked = [json.loads(line) for line in server.questions.read_text().splitlines()]
-    wrong = []
-    for row in asked:
-        image = part((server.questions.parent / row["image"]).read_bytes())
-        answer = server.chat(image, {"type": "text", "text": row["question"]}, max_tokens=12)
-        text = answer.choices[0].message.content.strip()
-        if text.lower() != row["answer"]:
-            wrong.append(f"{row['question']} {row['answer']!r}, not {text!r}")
-    print(f"      {len(asked) - len(wrong)} of {len(asked)} answers are right")
-    check(len(wrong) * 10 <= len(asked), "; ".join(wrong))
+    for compression in ({}, {"vision": {"keep": server.tokens // 3}}):
+        wrong = []
+        for row in asked:
+            image = part((server.questions.parent / row["image"]).read_bytes())
+            text = {"type": "text", "text": row["question"]}
+            answer = server.chat(image, text, max_tokens=12, extra_body={"compression": compression})
+            text = answer.choices[0].message.content.strip()
+            if text.lower() != row["answer"]:
+                wrong.append(f"{row['question']} {row['answer']!r}, not {text!r}")
+        print(f"      {len(asked) - len(wrong)} of {len(asked)} answers are right with {compression}")
+        check(len(wrong) * 10 <= len(asked), "; ".join(wrong))
 
 
 def main():

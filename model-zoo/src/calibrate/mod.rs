@@ -162,6 +162,7 @@ fn context<'a>(runner: &Runner<'_>, windows: &Windows<'_>, offer: &'a Offer) -> 
         head_dim: runner.head_dim(),
         prompt_len: windows.prompt,
         max_tokens: windows.len - windows.prompt,
+        images: &[],
         offer,
     }
 }

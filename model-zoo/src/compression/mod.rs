@@ -9,6 +9,7 @@ pub mod bitstack;
 pub mod calibration;
 mod drop;
 pub mod ffn_skip;
+pub mod must_drop;
 pub mod options;
 pub mod plan;
 pub mod registry;
@@ -17,11 +18,13 @@ pub mod skip_decode;
 pub mod think;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 pub use calibration::{Calibration, FrontPoint};
 pub use options::CompressionOptions;
-pub use plan::{KvDemand, Plan, PlanKey};
+pub use plan::{KvDemand, Plan, PlanKey, VisualUse};
 
+use crate::vision::PromptImage;
 use crate::{Result, ZooError};
 
 /// The two residual sublayers of a decoder layer.
@@ -44,6 +47,8 @@ pub struct Context<'a> {
     pub prompt_len: usize,
     /// Tokens that may be generated.
     pub max_tokens: usize,
+    /// Images of the prompt, in order, as [`registry::prepare`] left them.
+    pub images: &'a [PromptImage],
     /// What this model offers.
     pub offer: &'a Offer,
 }
@@ -71,6 +76,10 @@ pub struct RowState {
     pub ffn: ffn_skip::FfnDecisions,
     /// What key pruning has seen and decided.
     pub pruning: think::PruningState,
+    /// What became of its image tokens, once its prompt was computed with filters.
+    pub visual: Option<Arc<must_drop::filter::VisualOutcome>>,
+    /// Sublayers that were left out for image tokens that were dropped.
+    pub visual_left_out: u64,
     /// Blocks of elastic weights that the row is served with (see [`crate::models::elastic`]); all that are
     /// held when it is not set.
     pub blocks: Option<usize>,

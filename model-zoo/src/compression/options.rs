@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Names of the methods, as requests and metrics have them.
-pub const METHODS: [&str; 5] = ["skip_decode", "ffn_skip", "drop", "think", "bitstack"];
+pub const METHODS: [&str; 6] = ["skip_decode", "ffn_skip", "drop", "think", "bitstack", "vision"];
 
 /// What a request asks for. A method adds one field; `None` everywhere is the dense plan. Fields that are
 /// given override those of the profile, method by method.
@@ -28,6 +28,9 @@ pub struct CompressionOptions {
     /// Fewer levels of weights that come in levels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitstack: Option<BitStack>,
+    /// Image tokens dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision: Option<Vision>,
 }
 
 /// Where SkipDecode takes layers from.
@@ -149,6 +152,49 @@ pub struct BitStack {
     pub levels: Option<usize>,
 }
 
+/// What keeps image tokens without looking at them: for comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VisionBaseline {
+    /// Means of neighbouring embeddings, over a grid of at most `keep` cells.
+    Pool,
+    /// `keep` tokens drawn by `seed` and the image.
+    Random,
+}
+
+/// MustDrop (arXiv 2411.10803): image tokens that nobody looks at are dropped.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vision {
+    /// Tokens kept of an image at most, 1 or more. Default: as many as the thresholds keep.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<usize>,
+    /// Keep `keep` tokens by this baseline instead; excludes all options but `keep` and `seed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<VisionBaseline>,
+    /// Seed of the baseline `random`. Default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Mean cosine of nine neighbouring patches from which they become one token; above 1 none do. Default 0.8; off
+    /// with `keep`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<f32>,
+    /// Share of an image's tokens that the encoder's class token looks at most and that are never dropped, 0 to 1.
+    /// Default 0.08.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_rate: Option<f32>,
+    /// Share of the text's attention to an image below which a token may be dropped, 0 to 1. Default 0.001.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f32>,
+    /// Attention of a single text token below which a token may be dropped, 0 or more. Default 0.001.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f32>,
+    /// Decoder layers after whose attention tokens are dropped, ascending; none drops nothing there. Default: 2, 6,
+    /// 10 and 14 of 32, scaled to the model's depth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Vec<usize>>,
+}
+
 impl CompressionOptions {
     /// Names of the methods that are asked for.
     pub fn methods(&self) -> Vec<&'static str> {
@@ -158,6 +204,7 @@ impl CompressionOptions {
             self.drop.is_some(),
             self.think.is_some(),
             self.bitstack.is_some(),
+            self.vision.is_some(),
         ];
         METHODS.into_iter().zip(asked).filter_map(|(name, is_asked)| is_asked.then_some(name)).collect()
     }
@@ -171,6 +218,7 @@ impl CompressionOptions {
             drop: self.drop.or(profile.drop),
             think: self.think.or(profile.think),
             bitstack: self.bitstack.or(profile.bitstack),
+            vision: self.vision.or_else(|| profile.vision.clone()),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Sublayer;
 use super::ffn_skip::FfnPolicy;
+use super::must_drop::filter::{FilterDemand, VisualFilter};
 use super::options::CompressionOptions;
 use super::think::{OBSERVED, Pruning};
 
@@ -23,7 +24,23 @@ pub struct Plan {
     pruning: Option<Pruning>,
     /// Channels of a head, where keys are pruned.
     head_dim: usize,
+    /// Tokens of the prompt that never run, ascending: those of images that have no row.
+    absent: Arc<[usize]>,
+    filter: Option<Arc<VisualFilter>>,
+    /// Image tokens in the prompt, absent ones included.
+    num_visual: usize,
     options: CompressionOptions,
+}
+
+/// Image tokens of a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct VisualUse {
+    /// Tokens of the prompt that stand for images.
+    pub shown: usize,
+    /// Of those, tokens that went through to the last layer.
+    pub kept: usize,
+    /// Tokens that ran a layer, mean of the layers.
+    pub mean: f32,
 }
 
 /// Identifies what of a plan changes K and V of its shareable tokens: part of the prefix-cache key.
@@ -50,6 +67,8 @@ impl PlanKey {
 pub struct KvDemand {
     /// `[layer]`: slots at most.
     limits: Arc<[usize]>,
+    absent: Arc<[usize]>,
+    filter: Option<FilterDemand>,
     shareable_len: usize,
     seal: Option<Seal>,
 }
@@ -101,6 +120,9 @@ impl Plan {
             ffn: None,
             pruning: None,
             head_dim: 0,
+            absent: Arc::default(),
+            filter: None,
+            num_visual: 0,
             options: CompressionOptions::default(),
         }
     }
@@ -112,7 +134,8 @@ impl Plan {
 
     /// Whether every sublayer runs for every token: the path without gathers and decisions.
     pub fn runs_all(&self) -> bool {
-        self.ffn.is_none() && self.limits.iter().flatten().all(|&limit| limit == usize::MAX)
+        let is_plain = self.ffn.is_none() && self.absent.is_empty() && self.filter.is_none();
+        is_plain && self.limits.iter().flatten().all(|&limit| limit == usize::MAX)
     }
 
     /// What was asked for, with every default filled in: the plan as people read it.
@@ -130,10 +153,28 @@ impl Plan {
         self.limits.iter().flatten().filter(|&&limit| limit == 0).count()
     }
 
-    /// How many of the `num_tokens` tokens from position `first` run `sublayer` of `layer`, the first
-    /// ones. Of FFN skipping nothing is counted here.
+    /// How many of the `num_tokens` tokens from position `first` may run `sublayer` of `layer`, the first
+    /// ones, absent ones included. Of FFN skipping and of filters nothing is counted here.
     pub fn active_len(&self, layer: usize, sublayer: Sublayer, (first, num_tokens): (usize, usize)) -> usize {
         self.limits[layer][sublayer as usize].saturating_sub(first).min(num_tokens)
+    }
+
+    /// Tokens `range` of the sequence that are absent, ascending.
+    pub fn absent(&self, range: std::ops::Range<usize>) -> &[usize] {
+        let border = |position| self.absent.partition_point(|&absent| absent < position);
+        &self.absent[border(range.start)..border(range.end).max(border(range.start))]
+    }
+
+    /// What a row of this plan, whose prompt is computed, has run of its images; `None` where it shows none.
+    pub fn visual_use(&self, state: &super::RowState) -> Option<VisualUse> {
+        let (shown, present) = (self.num_visual, self.num_visual - self.absent.len());
+        if shown == 0 {
+            return None;
+        }
+        let whole = VisualUse { shown, kept: present, mean: present as f32 };
+        let Some(outcome) = &state.visual else { return Some(whole) };
+        let mean = outcome.ran.iter().sum::<usize>() as f32 / self.num_layers() as f32;
+        Some(VisualUse { kept: outcome.survivors.len(), mean, ..whole })
     }
 
     /// Whether a token at `position` may run `sublayer` of `layer`.
@@ -142,9 +183,10 @@ impl Plan {
     }
 
     /// Sublayers that tokens `0..num_tokens` run, attention then FFN, before FFN skipping: the closed
-    /// form that a row's counters meet.
+    /// form that a row's counters meet, but for what filters leave out.
     pub fn work(&self, num_tokens: usize) -> [u64; 2] {
-        let of = |half: usize| self.limits.iter().map(|limits| limits[half].min(num_tokens) as u64).sum();
+        let run = |limit: usize| limit.min(num_tokens) - self.absent(0..limit.min(num_tokens)).len();
+        let of = |half: usize| self.limits.iter().map(|limits| run(limits[half]) as u64).sum();
         [of(0), of(1)]
     }
 
@@ -162,7 +204,23 @@ impl Plan {
     pub fn kv_demand(&self) -> KvDemand {
         let limits = self.limits.iter().map(|limits| limits[Sublayer::Attention as usize]).collect();
         let seal = self.pruning.map(|pruning| Seal { pruning, head_dim: self.head_dim });
-        KvDemand { limits, shareable_len: self.shareable_len, seal }
+        let filter = self.filter.as_ref().map(|filter| filter.demand(self.num_layers()));
+        KvDemand { limits, absent: Arc::clone(&self.absent), filter, shareable_len: self.shareable_len, seal }
+    }
+
+    /// The filters of image tokens, if there are any.
+    pub fn filter(&self) -> Option<&VisualFilter> {
+        self.filter.as_deref()
+    }
+
+    /// KV slots that the first `num_tokens` tokens of a row of this plan fill in `layer`, given what `state` says was
+    /// decided of its prompt.
+    pub fn kv_len(&self, layer: usize, num_tokens: usize, state: &super::RowState) -> usize {
+        let limit = self.limits[layer][Sublayer::Attention as usize].min(num_tokens);
+        let present = limit - self.absent(0..limit).len();
+        let prompt_len = self.filter.as_ref().map_or(usize::MAX, |filter| filter.prompt_len);
+        let dropped = state.visual.as_ref().filter(|_| num_tokens >= prompt_len);
+        present.saturating_sub(dropped.map_or(0, |outcome| outcome.dropped[layer]))
     }
 
     /// The class of plans whose K and V are interchangeable with this one's as far as they are shareable.
@@ -195,6 +253,21 @@ impl Plan {
         self.head_dim = head_dim;
     }
 
+    pub(super) fn set_filter(&mut self, filter: Arc<VisualFilter>) {
+        self.filter = Some(filter);
+    }
+
+    /// Notes the images of the prompt: tokens without a row never run.
+    pub(super) fn show(&mut self, images: &[crate::vision::PromptImage]) {
+        self.num_visual = images.iter().map(|image| image.embeddings.num_tokens()).sum();
+        let absent = |image: &crate::vision::PromptImage| {
+            let all = image.range();
+            let is_absent = |position: &usize| image.embeddings.row(position - image.start).is_none();
+            all.filter(is_absent).collect::<Vec<_>>()
+        };
+        self.absent = images.iter().filter(|image| !image.embeddings.is_whole()).flat_map(absent).collect();
+    }
+
     /// Sets the key from the sublayers that never run; those of no drop keep the dense key.
     pub(super) fn seal_key(&mut self) {
         // FNV-1a over the dropped sublayers, which is stable from build to build.
@@ -213,7 +286,8 @@ impl Plan {
 impl KvDemand {
     /// Demand of a plan that fills every layer for every token.
     pub fn dense(num_layers: usize) -> Self {
-        Self { limits: vec![usize::MAX; num_layers].into(), shareable_len: usize::MAX, seal: None }
+        let limits = vec![usize::MAX; num_layers].into();
+        Self { limits, absent: Arc::default(), filter: None, shareable_len: usize::MAX, seal: None }
     }
 
     /// This demand, of which no more than the first `len` tokens may be shared.
@@ -227,10 +301,23 @@ impl KvDemand {
         self.limits.len()
     }
 
-    /// KV slots filled in `layer` once the first `num_tokens` tokens of the sequence are computed.
-    /// Never decreases with `num_tokens`.
+    /// KV slots filled in `layer` once the first `num_tokens` tokens of the sequence are computed, at most: filters
+    /// of image tokens may drop more. Never decreases with `num_tokens` up to the end of what runs whole, nor from
+    /// there on.
     pub fn kv_len(&self, layer: usize, num_tokens: usize) -> usize {
-        self.limits[layer].min(num_tokens)
+        let filter = self.filter.as_ref().filter(|filter| num_tokens >= filter.prompt_len);
+        self.present(layer, num_tokens).saturating_sub(filter.map_or(0, |filter| filter.during[layer]))
+    }
+
+    /// The same without filters.
+    pub fn present(&self, layer: usize, num_tokens: usize) -> usize {
+        let limit = self.limits[layer].min(num_tokens);
+        limit - self.absent.partition_point(|&absent| absent < limit)
+    }
+
+    /// What has to run in one step, and what becomes of it, if image tokens are filtered.
+    pub fn filter(&self) -> Option<&FilterDemand> {
+        self.filter.as_ref()
     }
 
     /// How the prefix shrinks, if it does.
@@ -250,8 +337,12 @@ impl KvDemand {
         }
     }
 
-    /// Pages that the first `num_tokens` tokens fill, over all layers, once what is to be packed is.
+    /// Pages that the first `num_tokens` tokens fill at most, over all layers, once what is to be packed or dropped is.
     pub fn num_pages(&self, block_size: usize, num_tokens: usize) -> usize {
+        if let Some(filter) = self.filter.as_ref().filter(|filter| num_tokens > filter.prompt_len) {
+            let slots = |layer| self.present(layer, num_tokens).saturating_sub(filter.after[layer]);
+            return (0..self.num_layers()).map(|layer| slots(layer).div_ceil(block_size)).sum();
+        }
         let sealed = self.seal.is_some_and(|seal| num_tokens > seal.at());
         (0..self.num_layers()).map(|layer| self.layer_pages(layer, block_size, (num_tokens, sealed))).sum()
     }

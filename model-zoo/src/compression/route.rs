@@ -2,7 +2,8 @@
 //! which sublayer.
 //!
 //! Rows that run most come first. Where layer sets nest, as SkipDecode's and dropped layers' do, the
-//! tokens that run a sublayer are then the first ones in memory: a slice, no gather.
+//! tokens that run a sublayer are then the first ones in memory: a slice, no gather. Image tokens that are absent, or
+//! that a filter has dropped, are gathered around.
 
 use super::ffn_skip::{FfnPolicy, FfnRule};
 use super::{RowState, Sublayer};
@@ -57,6 +58,34 @@ pub struct Route {
     watched: Vec<Watched>,
     /// Where a fixed choice or a vote has just been made, so that spans can be laid: `[token of the row]`
     skips: Vec<bool>,
+    /// `[row]`: which of its tokens are left, where that is not all of them.
+    left: Vec<Option<Left>>,
+}
+
+/// The tokens of a row that are left, layer after layer.
+#[derive(Debug)]
+struct Left {
+    /// Each with the first layer whose attention sees it; ascending tokens of the row.
+    stages: Vec<(usize, Vec<usize>)>,
+}
+
+impl Left {
+    /// Of a row with absent tokens or filters.
+    fn of(row: &StepRow<'_>) -> Option<Self> {
+        let range = row.first_pos..row.first_pos + row.tokens.len();
+        let absent = row.plan.absent(range.clone());
+        let filtered = row.plan.filter().is_some_and(|filter| range.start < filter.prompt_len);
+        if absent.is_empty() && !filtered {
+            return None;
+        }
+        let mut absent = absent.iter().copied().peekable();
+        let present = range.filter(|position| absent.next_if_eq(position).is_none());
+        Some(Self { stages: vec![(0, present.map(|position| position - row.first_pos).collect())] })
+    }
+
+    fn now(&self) -> &[usize] {
+        self.stages.last().map_or(&[], |(_, tokens)| tokens)
+    }
 }
 
 impl Route {
@@ -80,6 +109,7 @@ impl Route {
             spans: Vec::with_capacity(rows.len()),
             watched: Vec::new(),
             skips: Vec::new(),
+            left: rows.iter().map(Left::of).collect(),
         };
         let mut start = 0;
         for &row in &route.order {
@@ -108,6 +138,20 @@ impl Route {
     /// The tokens of that sublayer to be compared before and after it, for [`Route::observe`].
     pub fn watched(&self) -> &[Watched] {
         &self.watched
+    }
+
+    /// The tokens of `row` that run the attention of `layer`, ascending, where those are not all. Layers up to the next
+    /// one only.
+    pub fn left(&self, row: usize, layer: usize) -> Option<&[usize]> {
+        let stages = &self.left[row].as_ref()?.stages;
+        stages.iter().rev().find(|(first, _)| *first <= layer).map(|(_, tokens)| tokens.as_slice())
+    }
+
+    /// Drops the tokens of `row` that are not in `tokens`, ascending, after the attention of `layer`.
+    pub fn retain(&mut self, row: usize, layer: usize, tokens: Vec<usize>) {
+        if let Some(left) = &mut self.left[row] {
+            left.stages.push((layer + 1, tokens));
+        }
     }
 
     /// Decides which tokens run `sublayer` of `layer`, and counts them.
@@ -155,7 +199,7 @@ impl Route {
         }
     }
 
-    /// Lays the spans of one row: its first active tokens, less those whose FFN is skipped.
+    /// Lays the spans of one row: its first active tokens, less those that are not left or whose FFN is skipped.
     fn lay(
         &mut self,
         index: usize,
@@ -165,14 +209,23 @@ impl Route {
     ) {
         let active = row.plan.active_len(layer, sublayer, (row.first_pos, row.tokens.len()));
         let policy = row.plan.ffn().filter(|_| sublayer == Sublayer::Ffn);
-        let Some(policy) = policy.filter(|policy| policy.may_skip(layer, row.first_pos + active)) else {
+        let policy = policy.filter(|policy| policy.may_skip(layer, row.first_pos + active));
+        if policy.is_none() && self.left[index].is_none() {
             return self.push(index, 0, active);
-        };
+        }
         self.skips.clear();
-        for token in 0..active {
-            let skips = decide(policy, row.state, (layer, row.first_pos + token), agreed);
-            self.skips.push(skips);
-            row.state.ffns_skipped += u64::from(skips);
+        self.skips.resize(active, self.left[index].is_some());
+        if let Some(left) = &self.left[index] {
+            let here = left.now().iter().take_while(|&&token| token < active);
+            let count = here.map(|&token| self.skips[token] = false).count();
+            row.state.visual_left_out += (active - count) as u64;
+        }
+        if let Some(policy) = policy {
+            for token in (0..active).filter(|&token| !self.skips[token]).collect::<Vec<_>>() {
+                let skips = decide(policy, row.state, (layer, row.first_pos + token), agreed);
+                self.skips[token] = skips;
+                row.state.ffns_skipped += u64::from(skips);
+            }
         }
         let mut first = 0;
         while first < active {
@@ -180,7 +233,9 @@ impl Route {
             let len = self.skips[first..].iter().take_while(|&&other| other == skips).count();
             if !skips {
                 self.push(index, first, len);
-                self.watch(index, (layer, policy), (first, len), row);
+                if let Some(policy) = policy {
+                    self.watch(index, (layer, policy), (first, len), row);
+                }
             }
             first += len;
         }

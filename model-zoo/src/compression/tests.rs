@@ -34,7 +34,8 @@ fn offer() -> Offer {
 
 fn compile(json: serde_json::Value, offer: &Offer) -> Result<Plan> {
     let options = serde_json::from_value(json).expect("valid options");
-    let context = Context { num_layers: 8, head_dim: 64, prompt_len: 100, max_tokens: 50, offer };
+    let context =
+        Context { num_layers: 8, head_dim: 64, prompt_len: 100, max_tokens: 50, images: &[], offer };
     registry::compile(&options, &context)
 }
 

@@ -4,6 +4,7 @@ pub mod probes;
 pub mod runner;
 pub mod score;
 pub mod speed;
+pub mod vision;
 
 pub use runner::{Chunk, Runner};
 pub use score::{Score, Windows, score};

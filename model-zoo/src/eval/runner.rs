@@ -3,8 +3,9 @@
 use crate::compression::think::{self, PageMove, SealMoves};
 use crate::compression::{Plan, RowState};
 use crate::kv_cache::{KvCache, PackedLayout, PageId};
-use crate::models::CausalLm;
+use crate::models::{CausalLm, ModelDims};
 use crate::step::{LogitRows, Probe, StepBatch, StepRow};
+use crate::vision::PromptImage;
 use crate::{Result, ZooError};
 
 /// Logit rows asked for at once: bounds the model's scratch memory.
@@ -24,9 +25,24 @@ pub struct Runner<'m> {
 pub struct Running {
     block_tables: Vec<Vec<PageId>>,
     plan: Plan,
+    images: Vec<PromptImage>,
     len: usize,
     /// What its plan has decided, and the work done.
     pub state: RowState,
+}
+
+impl Running {
+    /// The same sequence with the images of its prompt.
+    #[must_use]
+    pub fn showing(self, images: Vec<PromptImage>) -> Self {
+        Self { images, ..self }
+    }
+
+    /// Forgets all but its first `len` tokens, to go on with others. Of a plan that drops or packs what is computed,
+    /// what comes before `len` must not have been touched.
+    pub fn rewind(&mut self, len: usize) {
+        self.len = len.min(self.len);
+    }
 }
 
 /// What one sequence runs next.
@@ -52,6 +68,11 @@ impl<'m> Runner<'m> {
         Ok(Self { model, kv, capacity })
     }
 
+    /// The model's sizes.
+    pub fn dims(&self) -> &ModelDims {
+        self.model.dims()
+    }
+
     /// Decoder layers of the model.
     pub fn num_layers(&self) -> usize {
         self.model.dims().num_layers
@@ -69,7 +90,8 @@ impl<'m> Runner<'m> {
             let first = 2 * (slot * layers + layer) * pages;
             (first..first + pages).map(|page| page as PageId).collect()
         };
-        Running { block_tables: (0..layers).map(table).collect(), plan, len: 0, state: RowState::default() }
+        let block_tables = (0..layers).map(table).collect();
+        Running { block_tables, plan, images: Vec::new(), len: 0, state: RowState::default() }
     }
 
     /// Runs one step over `chunks`; its logits are [`Runner::logits`].
@@ -81,8 +103,7 @@ impl<'m> Runner<'m> {
         let lens: Vec<Vec<usize>> = chunks
             .iter()
             .map(|Chunk { sequence, .. }| {
-                let demand = sequence.plan.kv_demand();
-                (0..layers).map(|layer| demand.kv_len(layer, sequence.len)).collect()
+                (0..layers).map(|layer| sequence.plan.kv_len(layer, sequence.len, &sequence.state)).collect()
             })
             .collect();
         if chunks.iter().any(|chunk| chunk.sequence.len + chunk.tokens.len() > self.capacity) {
@@ -91,7 +112,7 @@ impl<'m> Runner<'m> {
         let rows = chunks.iter_mut().zip(&lens).map(|(chunk, kv_len)| StepRow {
             tokens: chunk.tokens,
             first_pos: chunk.sequence.len,
-            images: &[],
+            images: &chunk.sequence.images,
             kv_len,
             block_tables: &chunk.sequence.block_tables,
             logits: chunk.logits,

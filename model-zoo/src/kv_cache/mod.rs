@@ -6,6 +6,7 @@
 //! slots in the vector lanes, and pruning a key channel drops a contiguous run), then V as
 //! `[num_kv_heads, block_size, head_dim]`.
 
+mod compact;
 mod pages;
 pub mod pruned;
 

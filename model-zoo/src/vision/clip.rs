@@ -2,9 +2,10 @@
 //!
 //! Patches → embeddings with a class token in front → pre-norm → layers of full attention and a feed-forward
 //! block → the hidden states that the config names, without the class token → two linear layers into the
-//! decoder's width. The layers after the named hidden states never run.
+//! decoder's width. The layers after the named hidden states never run; of the first of them only the class token's
+//! attention is computed, which says what of the image matters.
 
-use super::ImageEncoder;
+use super::{EncodedImage, Encoding, ImageEncoder, merge};
 use crate::config::llava::{EncoderActivation, LlavaConfig, VisionConfig};
 use crate::kernels::cpu::dense::{DenseMatrix, Values};
 use crate::kernels::cpu::gemm::{Target, View, matmul};
@@ -36,7 +37,17 @@ struct Weights {
     positions: Vec<f32>,
     pre_norm: Norm,
     layers: Vec<Layer>,
+    /// The parts of the layer after `layers` that its class token's attention needs, where the checkpoint has it.
+    gaze: Option<Gaze>,
     projector: [EncoderLinear; 2],
+}
+
+/// Norm, queries and keys of a layer.
+#[derive(Debug)]
+struct Gaze {
+    norm: Norm,
+    q: EncoderLinear,
+    k: EncoderLinear,
 }
 
 #[derive(Debug)]
@@ -154,6 +165,50 @@ impl ClipEncoder {
         }
     }
 
+    /// How much the class token of the layer that comes next looks at each patch: its attention, mean of the heads.
+    /// Empty where the checkpoint ends before that layer. (Of features taken after the last layer, it is that layer's
+    /// own attention to what went into it that the paper means; there it is asked for before the layer runs.)
+    fn salience(&mut self, next: usize) -> Vec<f32> {
+        let width = self.config.hidden_size;
+        let (cpu, eps) = (&self.cpu, self.config.layer_norm_eps);
+        let (norm, q, k) = match (self.weights.layers.get(next), &self.weights.gaze) {
+            (Some(layer), _) => (&layer.norms[0], &layer.q, &layer.k),
+            (None, Some(gaze)) => (&gaze.norm, &gaze.q, &gaze.k),
+            (None, None) => return Vec::new(),
+        };
+        let Scratch { weight, x, normed, qkv: [query, keys, _], .. } = &mut self.scratch;
+        norm.apply(cpu, x, eps, normed);
+        let tokens = normed.len() / width;
+        query.resize(width, 0.0);
+        q.forward(cpu, (&normed[..width], weight), (query, false));
+        keys.resize(normed.len(), 0.0);
+        k.forward(cpu, (normed, weight), (keys, false));
+        let head_dim = width / self.config.num_heads;
+        let mut salience = vec![0.0; tokens - 1];
+        for start in (0..width).step_by(head_dim) {
+            let query = &query[start..start + head_dim];
+            let key = |token: usize| &keys[token * width + start..][..head_dim];
+            let score = |token| query.iter().zip(key(token)).map(|(q, k)| q * k).sum::<f32>();
+            let mut scores: Vec<f32> = (0..tokens).map(score).collect();
+            softmax(cpu.isa, &mut scores, (head_dim as f32).sqrt().recip());
+            salience
+                .iter_mut()
+                .zip(&scores[1..])
+                .for_each(|(sum, p)| *sum += p / self.config.num_heads as f32);
+        }
+        salience
+    }
+
+    /// Merges patches that look alike; the class token stays in front.
+    fn merge(&mut self, threshold: f32) -> Vec<usize> {
+        let width = self.config.hidden_size;
+        let x = &mut self.scratch.x;
+        let merged = merge::merge((&x[width..], self.config.grid()), threshold);
+        x.truncate(width);
+        x.extend_from_slice(&merged.states);
+        merged.places
+    }
+
     /// The decoder's rows from the hidden states.
     fn project(&mut self) -> Vec<f32> {
         let Scratch { x, wide, weight, .. } = &mut self.scratch;
@@ -171,7 +226,7 @@ impl ClipEncoder {
 }
 
 impl ImageEncoder for ClipEncoder {
-    fn encode(&mut self, pixels: &[f32]) -> Result<Vec<f32>> {
+    fn encode(&mut self, pixels: &[f32], encoding: Encoding) -> Result<EncodedImage> {
         let expected = 3 * self.config.image_size * self.config.image_size;
         if pixels.len() != expected {
             let found = pixels.len();
@@ -182,10 +237,26 @@ impl ImageEncoder for ClipEncoder {
         let s = &mut self.scratch;
         self.weights.pre_norm.apply(&self.cpu, &s.x, eps, &mut s.normed);
         std::mem::swap(&mut s.x, &mut s.normed);
-        for index in 0..self.weights.layers.len() {
+        let (used, mut places, mut salience) = (self.weights.layers.len(), None, Vec::new());
+        let gazing = used.min(self.config.num_layers - 1);
+        for index in 0..used {
+            if index == gazing {
+                salience = self.salience(index);
+            }
             self.run_layer(index);
+            // A class token among the decoder's rows has no place in the grid: nothing is merged then.
+            if let (0, Some(threshold), false) = (index, encoding.merge, self.keeps_class_token) {
+                places = Some(self.merge(threshold));
+            }
         }
-        Ok(self.project())
+        if gazing == used {
+            salience = self.salience(used);
+        }
+        // Asked for before anything was merged, or with the class token among the rows, it is of other tokens.
+        if self.keeps_class_token || places.as_ref().is_some_and(|places| places.len() != salience.len()) {
+            salience.clear();
+        }
+        Ok(EncodedImage { rows: self.project(), places, salience })
     }
 
     fn hidden_size(&self) -> usize {
@@ -200,6 +271,7 @@ impl ImageEncoder for ClipEncoder {
         let w = &self.weights;
         let linears = w.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.out, &l.up, &l.down]);
         let linears = linears.chain(&w.projector).chain([&w.patches]);
+        let linears = linears.chain(w.gaze.iter().flat_map(|gaze| [&gaze.q, &gaze.k]));
         linears.map(EncoderLinear::bytes).sum::<usize>() + 4 * (w.positions.len() + w.class.len())
     }
 }
@@ -263,11 +335,22 @@ impl Reader<'_> {
             // The name is spelled so.
             pre_norm: self.norm("vision_tower.pre_layrnorm")?,
             layers: (0..config.layers_used).map(|index| self.layer(index, vision)).collect::<Result<_>>()?,
+            gaze: self.gaze(config.layers_used, vision)?,
             projector: [
                 self.linear("multi_modal_projector.linear_1", [hidden_size, width])?,
                 self.linear("multi_modal_projector.linear_2", [hidden_size, hidden_size])?,
             ],
         })
+    }
+
+    fn gaze(&self, index: usize, config: &VisionConfig) -> Result<Option<Gaze>> {
+        let name = |part: &str| format!("vision_tower.encoder.layers.{index}.{part}");
+        if index >= config.num_layers || !self.source.contains(&name("self_attn.q_proj.weight")) {
+            return Ok(None);
+        }
+        let linear = |part: &str| self.linear(&name(part), [self.width; 2]);
+        let (q, k) = (linear("self_attn.q_proj")?, linear("self_attn.k_proj")?);
+        Ok(Some(Gaze { norm: self.norm(&name("layer_norm1"))?, q, k }))
     }
 
     fn layer(&self, index: usize, config: &VisionConfig) -> Result<Layer> {

@@ -11,10 +11,13 @@
 pub mod clip;
 pub mod decode;
 mod embeddings;
+pub mod merge;
 pub mod processor;
 mod resize;
 
-pub use embeddings::{ImageEmbeddings, PromptImage};
+pub use embeddings::{EncodedImage, ImageEmbeddings, PromptImage};
+
+use sha2::{Digest, Sha256};
 
 use crate::Result;
 use processor::ImageProcessor;
@@ -22,20 +25,41 @@ use processor::ImageProcessor;
 /// Turns an image into rows for the decoder. It is a model of its own beside the decoder, with its own threads,
 /// so that it may run while the decoder does.
 pub trait ImageEncoder: Send + std::fmt::Debug {
-    /// Rows `[tokens, hidden_size]` of the image `pixels`, `[3, side, side]` as the processor left them.
+    /// Encodes the image `pixels`, `[3, side, side]` as the processor left them.
     ///
     /// # Errors
     /// [`crate::ZooError::Image`] when there are more or fewer pixels.
-    fn encode(&mut self, pixels: &[f32]) -> Result<Vec<f32>>;
+    fn encode(&mut self, pixels: &[f32], encoding: Encoding) -> Result<EncodedImage>;
 
     /// Width of a row: the decoder's hidden size.
     fn hidden_size(&self) -> usize;
 
-    /// Rows of an image.
+    /// Tokens of a prompt that an image takes, and its rows where nothing is merged.
     fn tokens_per_image(&self) -> usize;
 
     /// Bytes of weights held.
     fn weight_bytes(&self) -> usize;
+}
+
+/// How an image is encoded: what of a request changes its embeddings.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Encoding {
+    /// Similarity from which neighbouring patches become one token (see [`merge`]); `None` keeps all.
+    pub merge: Option<f32>,
+}
+
+impl Encoding {
+    /// What identifies the embeddings of the image file of digest `file`, encoded so.
+    #[must_use]
+    pub fn digest(&self, file: [u8; 32]) -> [u8; 32] {
+        let Some(threshold) = self.merge else { return file };
+        Sha256::new()
+            .chain_update(file)
+            .chain_update(b"merge")
+            .chain_update(threshold.to_le_bytes())
+            .finalize()
+            .into()
+    }
 }
 
 /// What a model that sees has besides its decoder.

@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 
 use model_zoo::compression::calibration::{Calibration, FfnCalibration};
+use std::sync::Arc;
+
 use model_zoo::compression::options::{
-    BitStack, DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode,
+    BitStack, DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode, Vision, VisionBaseline,
 };
-use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
+use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, Sublayer, registry};
 use model_zoo::step::LogitRows;
+use model_zoo::vision::{EncodedImage, ImageEmbeddings, PromptImage};
 use tempfile::TempDir;
 
 use crate::stacked::write_artefact;
@@ -17,6 +20,19 @@ use crate::tiny::{LAYERS, write};
 const PROMPT: [u32; 21] = [5, 9, 200, 31, 7, 7, 81, 14, 3, 99, 120, 44, 61, 8, 250, 17, 23, 42, 4, 190, 66];
 const OUTPUT: usize = 30;
 const LEVELS: usize = 3;
+
+/// The prompt's image, at tokens 3 to 10 of it, as the options want it.
+fn images(options: &CompressionOptions) -> Vec<PromptImage> {
+    let value = |i: usize| ((i * 7919 + 13) % 101) as f32 / 50.0 - 1.0;
+    let encoded = EncodedImage {
+        rows: (0..8 * 64).map(value).collect(),
+        places: None,
+        salience: (0..8).map(|i| value(i + 5)).collect(),
+    };
+    let whole = Arc::new(ImageEmbeddings::of((64, 8), encoded, [1; 32]));
+    let prepared = registry::prepare(options, &offer(), vec![whole]).unwrap();
+    prepared.into_iter().map(|embeddings| PromptImage { start: 3, embeddings }).collect()
+}
 
 /// Similarities that put attention in the order 3, 1, 4, 2, … and FFNs in the order 2, 4, 3, 1, …
 fn offer() -> Offer {
@@ -44,6 +60,7 @@ fn compile(options: CompressionOptions) -> Plan {
         head_dim: 16,
         prompt_len: PROMPT.len(),
         max_tokens: OUTPUT,
+        images: &images(&options),
         offer: &offer(),
     };
     registry::compile(&options, &context).unwrap()
@@ -70,6 +87,23 @@ fn drop_layers(attention: usize, ffn: usize) -> CompressionOptions {
     CompressionOptions { drop: Some(drop), ..CompressionOptions::default() }
 }
 
+fn vision(change: impl FnOnce(&mut Vision)) -> CompressionOptions {
+    let mut vision = Vision {
+        key_rate: Some(0.2),
+        alpha: Some(0.13),
+        beta: Some(1.0),
+        layers: Some(vec![1, 3]),
+        ..Vision::default()
+    };
+    change(&mut vision);
+    CompressionOptions { vision: Some(vision), ..CompressionOptions::default() }
+}
+
+fn baseline(baseline: VisionBaseline, keep: usize) -> CompressionOptions {
+    let vision = Vision { keep: Some(keep), baseline: Some(baseline), ..Vision::default() };
+    CompressionOptions { vision: Some(vision), ..CompressionOptions::default() }
+}
+
 fn levels(levels: usize) -> CompressionOptions {
     let bitstack = Some(BitStack { levels: Some(levels) });
     CompressionOptions { bitstack, ..CompressionOptions::default() }
@@ -93,6 +127,19 @@ fn methods() -> Vec<(&'static str, CompressionOptions)> {
             "drop with skip_decode",
             CompressionOptions { drop: drop_layers(1, 1).drop, ..skip_decode(4, Region::Low) },
         ),
+        ("vision", vision(|_| {})),
+        ("vision with a cap", vision(|vision| vision.keep = Some(3))),
+        ("vision pooled", baseline(VisionBaseline::Pool, 4)),
+        ("vision drawn", baseline(VisionBaseline::Random, 3)),
+        (
+            "vision with drop and skip_decode",
+            CompressionOptions {
+                drop: drop_layers(0, 2).drop,
+                vision: vision(|vision| vision.keep = Some(4)).vision,
+                ..skip_decode(3, Region::Low)
+            },
+        ),
+        ("ffn_skip with vision", CompressionOptions { vision: vision(|_| {}).vision, ..ffn_skip(|_| {}) }),
     ]
 }
 
@@ -117,9 +164,16 @@ fn generate(runner: &mut Runner, sequences: &mut [Sequence]) -> Vec<Vec<Vec<f32>
     logits
 }
 
+/// A sequence with the prompt's image.
+fn showing(runner: &mut Runner, plan: &Plan) -> Sequence {
+    let mut sequence = runner.sequence_of(plan.clone(), PROMPT.len() + OUTPUT);
+    sequence.images = images(plan.options());
+    sequence
+}
+
 fn alone(folder: &std::path::Path, plan: &Plan) -> (Vec<Vec<f32>>, RowState) {
     let mut runner = Runner::new(folder, 1, PROMPT.len() + OUTPUT);
-    let mut sequences = [runner.sequence_of(plan.clone(), PROMPT.len() + OUTPUT)];
+    let mut sequences = [showing(&mut runner, plan)];
     let logits = generate(&mut runner, &mut sequences).remove(0);
     (logits, sequences[0].state.clone())
 }
@@ -133,6 +187,11 @@ fn what_is_off_is_dense_bit_for_bit() {
         CompressionOptions { skip_decode: Some(all), ..CompressionOptions::default() },
         drop_layers(0, 0),
         ffn_skip(|skip| skip.target = Some(0.0)),
+        vision(|vision| *vision = Vision { merge: Some(2.0), layers: Some(Vec::new()), ..Vision::default() }),
+        // Everything is looked at, and nothing is dropped.
+        vision(|vision| vision.alpha = Some(0.0)),
+        vision(|vision| vision.beta = Some(0.0)),
+        baseline(VisionBaseline::Pool, 8),
         // Never saturated: every decision is made, and none skips.
         ffn_skip(|skip| skip.threshold = Some(1.5)),
     ] {
@@ -184,11 +243,9 @@ fn dropped_attention_holds_no_kv() {
 fn a_mixed_batch_equals_each_row_alone() {
     let (_folder, paths) = models();
     let plans: Vec<_> = methods().into_iter().map(|(name, options)| (name, compile(options))).collect();
-    let capacity = PROMPT.len() + OUTPUT;
     for path in paths {
-        let mut runner = Runner::new(&path, plans.len(), capacity);
-        let mut sequences: Vec<_> =
-            plans.iter().map(|(_, plan)| runner.sequence_of(plan.clone(), capacity)).collect();
+        let mut runner = Runner::new(&path, plans.len(), PROMPT.len() + OUTPUT);
+        let mut sequences: Vec<_> = plans.iter().map(|(_, plan)| showing(&mut runner, plan)).collect();
         let together = generate(&mut runner, &mut sequences);
         for (((name, plan), logits), sequence) in plans.iter().zip(&together).zip(&sequences) {
             let (expected, state) = alone(&path, plan);
@@ -207,7 +264,21 @@ fn counters_equal_the_closed_form() {
             let plan = compile(options);
             let (_, state) = alone(&path, &plan);
             let [attention, ffn] = plan.work(computed);
-            assert_eq!(state.sublayers_run, [attention, ffn - state.ffns_skipped], "{name}");
+            let mut expected = [attention, ffn - state.ffns_skipped];
+            if let Some(outcome) = &state.visual {
+                // What went on to the next layer ran the FFN.
+                let shown = outcome.ran[0] as u64;
+                let ran =
+                    |layer: usize| outcome.ran.get(layer).copied().unwrap_or(outcome.survivors.len()) as u64;
+                let less = |after: usize| (0..LAYERS).map(|layer| shown - ran(layer + after)).sum::<u64>();
+                let ffn_dropped = |layer: &usize| !plan.runs(*layer, Sublayer::Ffn, 0);
+                let uncounted: u64 =
+                    (0..LAYERS).filter(ffn_dropped).map(|layer| shown - ran(layer + 1)).sum();
+                expected = [expected[0] - less(0), expected[1] + uncounted - less(1)];
+                assert_eq!(state.visual_left_out, less(0) + less(1) - uncounted, "{name}");
+                assert!(outcome.survivors.len() < 8 && outcome.survivors.len() >= 2, "{name}: {outcome:?}");
+            }
+            assert_eq!(state.sublayers_run, expected, "{name}");
             assert_eq!(state.ffns_skipped > 0, name.starts_with("ffn_skip"), "{name}");
         }
     }
@@ -221,15 +292,19 @@ fn a_replay_in_chunks_equals_the_incremental_run() {
     {
         let plan = compile(options);
         let mut runner = Runner::new(path, 2, capacity);
-        let mut sequences = [runner.sequence_of(plan.clone(), capacity)];
+        let mut sequences = [showing(&mut runner, &plan)];
         let incremental = generate(&mut runner, &mut sequences).remove(0);
         let outputs: Vec<u32> = incremental.iter().map(|logits| argmax(logits)).collect();
         let tokens: Vec<u32> = PROMPT.iter().chain(&outputs[..OUTPUT - 1]).copied().collect();
-        let mut again = runner.sequence_of(plan, capacity);
+        let mut again = showing(&mut runner, &plan);
         again.state = sequences[0].state.clone();
         let before = again.state.sublayers_run;
         let mut logits = Vec::new();
-        for chunk in tokens.chunks(13) {
+        // What runs whole is not cut, and ends where the prompt does.
+        let whole = plan.filter().map_or(0..0, |filter| filter.first..filter.prompt_len);
+        let (start, rest) = tokens.split_at(whole.end);
+        let (before_whole, whole) = start.split_at(whole.start);
+        for chunk in before_whole.chunks(2).chain(whole.chunks(PROMPT.len())).chain(rest.chunks(13)) {
             let chunk = Chunk { sequence: &mut again, tokens: chunk, logits: LogitRows::All };
             logits.extend(runner.step(vec![chunk]).unwrap());
         }

@@ -12,7 +12,7 @@ use model_zoo::loader::{LoadOptions, LoadedModel, load};
 use model_zoo::step::LogitRows;
 use model_zoo::vision::decode::decode;
 use model_zoo::vision::processor::ImageProcessor;
-use model_zoo::vision::{ImageEmbeddings, PromptImage};
+use model_zoo::vision::{Encoding, ImageEmbeddings, PromptImage};
 use serde_json::json;
 
 use crate::support::{Chunk, Distance, Runner, fixtures};
@@ -38,9 +38,10 @@ fn file(name: &str) -> Vec<u8> {
 fn embeddings(model: &mut LoadedModel) -> ImageEmbeddings {
     let vision = model.vision.as_mut().unwrap();
     let pixels = vision.processor.process(&decode(&file("rgb.png"), MAX_PIXELS).unwrap());
-    let rows = vision.encoder.encode(&pixels).unwrap();
-    assert_eq!(rows.len(), vision.encoder.tokens_per_image() * vision.encoder.hidden_size());
-    ImageEmbeddings::new(vision.encoder.hidden_size(), rows, [0; 32])
+    let encoded = vision.encoder.encode(&pixels, Encoding::default()).unwrap();
+    let (width, tokens) = (vision.encoder.hidden_size(), vision.encoder.tokens_per_image());
+    assert_eq!((encoded.rows.len(), encoded.salience.len()), (tokens * width, tokens));
+    ImageEmbeddings::of((width, tokens), encoded, [0; 32])
 }
 
 /// Compares a LLaVA folder with the fixture's expectations, in steps of several sizes.

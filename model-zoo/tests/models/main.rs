@@ -11,6 +11,7 @@ mod configs;
 mod download;
 mod llava;
 mod logits;
+mod must_drop;
 mod refusals;
 mod smollm2;
 mod stacked;

@@ -82,7 +82,7 @@ impl Runner {
         let demand = plan.kv_demand();
         let mut pages = |slots: usize| self.free.split_off(self.free.len() - slots.div_ceil(BLOCK_SIZE));
         let block_tables =
-            (0..plan.num_layers()).map(|layer| pages(demand.kv_len(layer, capacity))).collect();
+            (0..plan.num_layers()).map(|layer| pages(demand.present(layer, capacity))).collect();
         let mut state = RowState::default();
         if let Some(elastic) = self.model.elastic() {
             let allowed = plan.levels().map(|levels| elastic.blocks_of_levels(levels));
@@ -96,8 +96,8 @@ impl Runner {
         let dims = self.model.dims().clone();
         let mut chunks = chunks;
         let kv_len = |sequence: &Sequence| {
-            let demand = sequence.plan.kv_demand();
-            (0..dims.num_layers).map(|layer| demand.kv_len(layer, sequence.len)).collect::<Vec<_>>()
+            let of_layer = |layer| sequence.plan.kv_len(layer, sequence.len, &sequence.state);
+            (0..dims.num_layers).map(of_layer).collect::<Vec<_>>()
         };
         let lens = chunks.iter().map(|chunk| kv_len(chunk.sequence)).collect::<Vec<_>>();
         let rows = chunks.iter_mut().zip(&lens).map(|(chunk, lens)| StepRow {

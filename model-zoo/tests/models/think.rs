@@ -30,8 +30,14 @@ fn compile(ratio: f32, recent: usize, attention: usize) -> Plan {
         drop: Some(DropLayers { attention, ..DropLayers::default() }),
         ..CompressionOptions::default()
     };
-    let context =
-        Context { num_layers: LAYERS, head_dim: 16, prompt_len: PROMPT, max_tokens: OUTPUT, offer: &offer };
+    let context = Context {
+        num_layers: LAYERS,
+        head_dim: 16,
+        prompt_len: PROMPT,
+        max_tokens: OUTPUT,
+        images: &[],
+        offer: &offer,
+    };
     registry::compile(&options, &context).unwrap()
 }
 

@@ -12,8 +12,10 @@ pub use live::LiveRequests;
 
 use std::sync::Arc;
 
-use model_zoo::compression::{CompressionOptions, Context, Plan, registry};
+use model_zoo::ZooError;
+use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
 use model_zoo::tokenizer::Tokenizer;
+use model_zoo::vision::PromptImage;
 
 use crate::auth::{Charge, Client};
 use crate::current::Current;
@@ -80,9 +82,13 @@ impl Admission {
         let guard = self.live.enter(&raw.id, &raw.caller)?;
         let is_chat = matches!(raw.prompt, Prompt::Chat(_));
         let mut prompt = raw.prompt;
-        let shown = self.images.embed(take_images(&mut prompt)).await?;
+        let compression = self.governed(raw.compression);
+        let offer = self.model.offer.get();
+        let encoding = registry::encoding(&compression, &offer).map_err(refuse_options)?;
+        let shown = self.images.embed(take_images(&mut prompt), encoding).await?;
         let prompt = self.prompts.encode(prompt, raw.add_special_tokens).await?;
-        let (prompt, images) = self.images.place(prompt, &shown.embeddings)?;
+        let prepared = registry::prepare(&compression, &offer, shown.embeddings).map_err(refuse_options)?;
+        let (prompt, images) = self.images.place(prompt, &prepared)?;
         let longest = self.model.max_model_len();
         validate::tokens(&prompt, &self.model, longest)?;
         let room = longest - prompt.len();
@@ -96,8 +102,7 @@ impl Admission {
             return Err(Error::invalid("max_tokens", message));
         }
         limits.check_total(n, max_tokens)?;
-        let compression = self.governed(raw.compression);
-        let plan = self.plan(&compression, prompt.len(), max_tokens)?;
+        let plan = self.plan(&compression, (prompt.len(), max_tokens, &images), &offer)?;
         let charge = charge(client, prompt.len() + n * max_tokens)?;
         sampling.seed = Some(sampling.seed.unwrap_or_else(rand::random));
         let request = GenerateRequest {
@@ -131,8 +136,8 @@ impl Admission {
     fn plan(
         &self,
         options: &CompressionOptions,
-        prompt_len: usize,
-        max_tokens: usize,
+        (prompt_len, max_tokens, images): (usize, usize, &[PromptImage]),
+        offer: &Offer,
     ) -> Result<Plan, Error> {
         let dims = &self.model.dims;
         let context = Context {
@@ -140,15 +145,10 @@ impl Admission {
             head_dim: dims.head_dim,
             prompt_len,
             max_tokens,
-            offer: &self.model.offer.get(),
+            images,
+            offer,
         };
-        registry::compile(options, &context).map_err(|e| {
-            let message = e.to_string();
-            // The sentence begins with the field that it is about.
-            let first = message.split([' ', ':']).next().unwrap_or_default();
-            let param = if first.starts_with("compression.") { first } else { "compression" };
-            Error::invalid(&String::from(param), message)
-        })
+        registry::compile(options, &context).map_err(refuse_options)
     }
 
     /// Fails unless a request of this id is live and the caller's to touch.
@@ -161,6 +161,15 @@ impl Admission {
         }
         Err(Error::new(ErrorKind::NotFound, format!("no live request has the id `{id}`")))
     }
+}
+
+/// The client's mistake in its compression options.
+fn refuse_options(error: ZooError) -> Error {
+    let message = error.to_string();
+    // The sentence begins with the field that it is about.
+    let first = message.split([' ', ':']).next().unwrap_or_default();
+    let param = if first.starts_with("compression.") { first } else { "compression" };
+    Error::invalid(&String::from(param), message)
 }
 
 /// The images that a chat shows.

@@ -3,6 +3,7 @@
 mod bitstack;
 mod calibrate;
 mod eval;
+mod eval_vision;
 mod key;
 mod model;
 pub(crate) mod offer;
@@ -39,6 +40,8 @@ enum Command {
     Key(key::Options),
     /// Measure quality, speed and memory of compression plans
     Eval(eval::Options),
+    /// Measure what dropping image tokens costs and gains, on questions about images
+    EvalVision(eval_vision::Options),
 }
 
 /// Runs the command line and returns the process's exit status: 0 when all went well, 1 when it could not
@@ -51,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Bitstack(options) => bitstack::main(&options),
         Command::Key(options) => key::main(&options),
         Command::Eval(options) => eval::main(&options),
+        Command::EvalVision(options) => eval_vision::main(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -63,6 +63,7 @@ pub(crate) fn checked(offer: Offer, dims: &ModelDims) -> Result<Offer, String> {
             head_dim: dims.head_dim,
             prompt_len: 1,
             max_tokens: 1,
+            images: &[],
             offer: &offer,
         };
         let options = CompressionOptions { profile: Some(name.clone()), ..CompressionOptions::default() };

@@ -207,13 +207,20 @@ impl Choice {
         let [attention_layers, ffn_layers] = self.state.sublayers_run;
         // The last sampled token is never computed.
         let computed = request.prompt.len() + self.sampled.saturating_sub(1);
-        let pages = request.plan.kv_demand().num_pages(self.kv_layout.block_size, computed);
+        let (plan, block_size) = (&request.plan, self.kv_layout.block_size);
+        let num_layers = plan.num_layers();
+        let slots = |layer| plan.kv_len(layer, computed, &self.state);
+        let pages = match plan.filter() {
+            Some(_) => (0..num_layers).map(|layer| slots(layer).div_ceil(block_size)).sum(),
+            None => plan.kv_demand().num_pages(block_size, computed),
+        };
         Work {
             attention_layers,
             ffn_layers,
             ffns_skipped: self.state.ffns_skipped,
             dense_layers: self.tokens_run * request.plan.num_layers() as u64,
             kv_bytes: (pages * self.kv_layout.page_bytes()) as u64,
+            visual: plan.visual_use(&self.state),
         }
     }
 
@@ -353,7 +360,12 @@ impl Drop for Choice {
             sublayers_run: [work.attention_layers, work.ffn_layers],
             dropped,
             ffns_skipped: work.ffns_skipped,
-            too_deep: (2 * work.dense_layers).saturating_sub(run + dropped + work.ffns_skipped),
+            too_deep: (2 * work.dense_layers)
+                .saturating_sub(run + dropped + work.ffns_skipped + self.state.visual_left_out),
+            visual_left_out: self.state.visual_left_out,
         });
+        if let Some(visual) = work.visual.filter(|_| started.is_some()) {
+            self.metrics.images.prompt(request.plan.options().vision.as_ref(), visual);
+        }
     }
 }

@@ -43,6 +43,7 @@ impl Engine {
         if let Err(message) = ran {
             return self.isolate(rows, &message);
         }
+        self.note_dropped(&rows);
         for row in &mut rows {
             if let Some(choice) = self.choices.get_mut(&row.scheduled.id) {
                 choice.ran(row.scheduled.num_tokens, std::mem::take(&mut row.state));
@@ -65,6 +66,17 @@ impl Engine {
             let Some(choice) = self.choices.get_mut(&id) else { continue };
             if let Some(pruning) = choice.live.request.plan.pruning() {
                 think::seal(&mut self.kv, &moves, (pruning, &mut choice.state.pruning));
+            }
+        }
+    }
+
+    /// Tells the scheduler what filters of image tokens have left of the prompts that were computed.
+    fn note_dropped(&mut self, rows: &[Prepared]) {
+        for Prepared { scheduled, plan, state, .. } in rows {
+            let end = scheduled.first_pos + scheduled.num_tokens;
+            let is_computed = plan.filter().is_some_and(|filter| filter.prompt_len == end);
+            if let Some(outcome) = state.visual.as_ref().filter(|_| is_computed) {
+                self.scheduler.drop_slots(scheduled.id, &outcome.dropped);
             }
         }
     }

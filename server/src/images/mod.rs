@@ -1,7 +1,7 @@
 //! From the images that a request shows to what the decoder takes in their place.
 //!
 //! The way of an image: fetch it, if it is a URL ([`fetch`], guarded) → look for it in the cache by the SHA-256
-//! of its file → decode, process, encode → cache. Decoding and encoding run on blocking threads, with an encoder
+//! of its file and by how it is to be encoded → decode, process, encode → cache. Decoding and encoding run on blocking threads, with an encoder
 //! that is a model of its own beside the decoder: the engine thread goes on with its steps, and other
 //! requests only share the cores. One image is encoded at a time, and few are decoded.
 //!
@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use model_zoo::vision::decode::decode;
-use model_zoo::vision::{ImageEmbeddings, ImageEncoder, PromptImage, Vision};
+use model_zoo::vision::{Encoding, ImageEmbeddings, ImageEncoder, PromptImage, Vision};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -126,11 +126,11 @@ impl Images {
         self.0.as_ref().map(|seeing| seeing.image_token)
     }
 
-    /// Encodes what a request shows.
+    /// Encodes what a request shows, as its compression needs it.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] that says which image cannot be taken, and why.
-    pub async fn embed(&self, sources: Vec<ImageSource>) -> Result<Shown, Error> {
+    pub async fn embed(&self, sources: Vec<ImageSource>, encoding: Encoding) -> Result<Shown, Error> {
         if sources.is_empty() {
             return Ok(Shown::default());
         }
@@ -153,7 +153,7 @@ impl Images {
                 ),
                 _ => error,
             };
-            embeddings.push(Seeing::embed(seeing, source).await.map_err(refuse)?);
+            embeddings.push(Seeing::embed(seeing, source, encoding).await.map_err(refuse)?);
         }
         Ok(Shown { embeddings, room: Some(room) })
     }
@@ -167,36 +167,50 @@ impl Images {
         prompt: Vec<u32>,
         shown: &[Arc<ImageEmbeddings>],
     ) -> Result<(Vec<u32>, Arc<[PromptImage]>), Error> {
-        let Some(token) = self.token() else { return Ok((prompt, Arc::default())) };
-        let places = prompt.iter().filter(|&&id| id == token).count();
-        if places != shown.len() {
-            let count = shown.len();
-            return Err(Error::invalid(
-                "messages",
-                format!(
-                    "the prompt has {places} places for {count} images: text must not spell the model's image token (id {token}), and only messages of a chat can show images"
-                ),
-            ));
+        match self.token() {
+            Some(token) => place(token, prompt, shown),
+            None => Ok((prompt, Arc::default())),
         }
-        if shown.is_empty() {
-            return Ok((prompt, Arc::default()));
-        }
-        let rows: usize = shown.iter().map(|image| image.num_tokens()).sum();
-        let (mut placed, mut images) = (Vec::with_capacity(prompt.len() + rows), Vec::new());
-        let mut next = shown.iter();
-        for id in prompt {
-            match next.as_slice().first().filter(|_| id == token) {
-                Some(embeddings) => {
-                    let start = placed.len();
-                    images.push(PromptImage { start, embeddings: Arc::clone(embeddings) });
-                    placed.resize(start + embeddings.num_tokens(), token);
-                    next.next();
-                }
-                None => placed.push(id),
-            }
-        }
-        Ok((placed, images.into()))
     }
+}
+
+/// [`Images::place`] for the image token `token`.
+///
+/// # Errors
+/// The same.
+pub(crate) fn place(
+    token: u32,
+    prompt: Vec<u32>,
+    shown: &[Arc<ImageEmbeddings>],
+) -> Result<(Vec<u32>, Arc<[PromptImage]>), Error> {
+    let places = prompt.iter().filter(|&&id| id == token).count();
+    if places != shown.len() {
+        let count = shown.len();
+        return Err(Error::invalid(
+            "messages",
+            format!(
+                "the prompt has {places} places for {count} images: text must not spell the model's image token (id {token}), and only messages of a chat can show images"
+            ),
+        ));
+    }
+    if shown.is_empty() {
+        return Ok((prompt, Arc::default()));
+    }
+    let rows: usize = shown.iter().map(|image| image.num_tokens()).sum();
+    let (mut placed, mut images) = (Vec::with_capacity(prompt.len() + rows), Vec::new());
+    let mut next = shown.iter();
+    for id in prompt {
+        match next.as_slice().first().filter(|_| id == token) {
+            Some(embeddings) => {
+                let start = placed.len();
+                images.push(PromptImage { start, embeddings: Arc::clone(embeddings) });
+                placed.resize(start + embeddings.num_tokens(), token);
+                next.next();
+            }
+            None => placed.push(id),
+        }
+    }
+    Ok((placed, images.into()))
 }
 
 impl Seeing {
@@ -208,7 +222,11 @@ impl Seeing {
         room.map_err(|_| Error::new(ErrorKind::Unavailable, "the server is stopping"))
     }
 
-    async fn embed(seeing: &Arc<Self>, source: ImageSource) -> Result<Arc<ImageEmbeddings>, Error> {
+    async fn embed(
+        seeing: &Arc<Self>,
+        source: ImageSource,
+        encoding: Encoding,
+    ) -> Result<Arc<ImageEmbeddings>, Error> {
         let bytes = match source {
             ImageSource::Bytes(bytes) => bytes,
             ImageSource::Url(url) if data_url::is(&url) => {
@@ -229,13 +247,13 @@ impl Seeing {
         // The turn goes with the work, which goes on when its client is gone.
         let work = tokio::task::spawn_blocking(move || {
             let _turn = turn;
-            seeing.embed_bytes(&bytes)
+            seeing.embed_bytes(&bytes, encoding)
         });
         work.await.map_err(|_| Error::new(ErrorKind::Internal, "the image could not be encoded"))?
     }
 
-    fn embed_bytes(&self, bytes: &[u8]) -> Result<Arc<ImageEmbeddings>, Error> {
-        let digest: [u8; 32] = Sha256::digest(bytes).into();
+    fn embed_bytes(&self, bytes: &[u8], encoding: Encoding) -> Result<Arc<ImageEmbeddings>, Error> {
+        let digest = encoding.digest(Sha256::digest(bytes).into());
         if let Some(found) = self.cached(&digest) {
             self.metrics.images.hit();
             return Ok(found);
@@ -250,8 +268,9 @@ impl Seeing {
             self.metrics.images.hit();
             return Ok(found);
         }
-        let rows = encoder.encode(&pixels).map_err(|e| refuse(e.to_string()))?;
-        let embeddings = Arc::new(ImageEmbeddings::new(encoder.hidden_size(), rows, digest));
+        let encoded = encoder.encode(&pixels, encoding).map_err(|e| refuse(e.to_string()))?;
+        let size = (encoder.hidden_size(), encoder.tokens_per_image());
+        let embeddings = Arc::new(ImageEmbeddings::of(size, encoded, digest));
         drop(encoder);
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         cache.insert(&embeddings);

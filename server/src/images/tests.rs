@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use model_zoo::vision::EncodedImage;
 use model_zoo::vision::processor::ImageProcessor;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -14,6 +15,7 @@ use super::*;
 use crate::telemetry::{MetricsCompat, ServedModel};
 
 const TOKEN: u32 = 7;
+const WHOLE: Encoding = Encoding { merge: None };
 const PNG: &[u8] = include_bytes!("../../../model-zoo/tests/fixtures/images/rgb.png");
 const JPEG: &[u8] = include_bytes!("../../../model-zoo/tests/fixtures/images/turned.jpg");
 
@@ -22,10 +24,11 @@ const JPEG: &[u8] = include_bytes!("../../../model-zoo/tests/fixtures/images/tur
 struct Counting(Arc<AtomicUsize>);
 
 impl ImageEncoder for Counting {
-    fn encode(&mut self, pixels: &[f32]) -> model_zoo::Result<Vec<f32>> {
+    fn encode(&mut self, pixels: &[f32], _: Encoding) -> model_zoo::Result<EncodedImage> {
         self.0.fetch_add(1, Ordering::Relaxed);
         let mean = pixels.iter().sum::<f32>() / pixels.len() as f32;
-        Ok(vec![mean, 0.0, pixels.iter().copied().fold(f32::MIN, f32::max), 0.0])
+        let rows = vec![mean, 0.0, pixels.iter().copied().fold(f32::MIN, f32::max), 0.0];
+        Ok(EncodedImage { rows, ..EncodedImage::default() })
     }
 
     fn hidden_size(&self) -> usize {
@@ -69,7 +72,7 @@ fn data_url(bytes: &[u8]) -> ImageSource {
 #[tokio::test]
 async fn an_image_is_encoded_once_and_lies_where_its_token_stood() {
     let (images, count, metrics) = images(ImageLimits::default());
-    let shown = images.embed(vec![file(PNG), data_url(JPEG), data_url(PNG)]).await.unwrap();
+    let shown = images.embed(vec![file(PNG), data_url(JPEG), data_url(PNG)], WHOLE).await.unwrap();
     assert_eq!((shown.embeddings.len(), count.load(Ordering::Relaxed)), (3, 2));
     assert_eq!(shown.embeddings[0], shown.embeddings[2]);
     assert_ne!(shown.embeddings[0], shown.embeddings[1]);
@@ -111,7 +114,7 @@ async fn what_cannot_be_taken_is_refused_by_its_number_and_reason() {
         (vec![url("no url at all")], "malformed"),
         (vec![url("data:image/png;base64,@")], "malformed"),
     ] {
-        let error = images.embed(sources).await.expect_err(says);
+        let error = images.embed(sources, WHOLE).await.expect_err(says);
         assert_eq!((error.kind, error.param.as_deref()), (ErrorKind::InvalidArgument, Some("messages")));
         assert!(error.message.contains(says), "{error} does not say {says:?}");
     }
@@ -123,9 +126,9 @@ async fn live_requests_wait_for_room() {
     // Room for two images of 16 bytes, in units of 1 KiB: one request of one image takes one unit of two.
     let limits = ImageLimits { live_bytes: 2 * ROOM_UNIT, max_images: 1, ..ImageLimits::default() };
     let (images, ..) = images(limits);
-    let first = images.embed(vec![file(PNG)]).await.unwrap();
-    let _second = images.embed(vec![file(PNG)]).await.unwrap();
-    let mut third = Box::pin(images.embed(vec![file(PNG)]));
+    let first = images.embed(vec![file(PNG)], WHOLE).await.unwrap();
+    let _second = images.embed(vec![file(PNG)], WHOLE).await.unwrap();
+    let mut third = Box::pin(images.embed(vec![file(PNG)], WHOLE));
     let waits = tokio::select! {
         biased;
         _ = third.as_mut() => false,

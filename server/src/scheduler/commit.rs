@@ -1,6 +1,6 @@
 //! Recording what a step produced: the only way in which sequences advance.
 
-use super::{RowOutcome, ScheduledSeq, Scheduler, Sequence, StepPlan};
+use super::{RowOutcome, ScheduledSeq, Scheduler, SeqId, Sequence, StepPlan};
 
 impl Scheduler {
     /// Records the outcomes of `plan`, the latest one, row by row. Rows of sequences that were aborted or
@@ -19,13 +19,26 @@ impl Scheduler {
         self.settle_num_pages();
     }
 
+    /// Says, just before the step that computes its prompt is committed, how many slots of it filters have dropped,
+    /// `[layer]`. The step has moved what is left to the front.
+    pub fn drop_slots(&mut self, id: SeqId, dropped: &[usize]) {
+        if let Some(seq) = self.sequences.0.get_mut(&id) {
+            seq.dropping = Some(dropped.to_vec());
+        }
+    }
+
     fn commit_row(&mut self, row: &ScheduledSeq, outcome: &RowOutcome) {
         let Some(seq) = self.sequences.0.get_mut(&row.id) else { return };
         // A row of no tokens is in no plan, so this also passes over who is not scheduled any more.
         if seq.row() != *row {
+            seq.dropping = None;
             return;
         }
+        let drops = seq.dropping.is_some();
         seq.advance();
+        if drops {
+            self.kv.trim(seq);
+        }
         if self.config.prefix_caching {
             self.kv.publish(seq);
         }

@@ -86,7 +86,10 @@ impl KvPages {
             Some(seal) if num_tokens >= seal.at() => {
                 pages.max(self.pages_of(demand, seal.at()) + 2 * demand.num_layers())
             }
-            _ => pages,
+            _ => match demand.filter().map(|filter| filter.whole().end) {
+                Some(prompt_len) if num_tokens >= prompt_len => pages.max(self.pages_of(demand, prompt_len)),
+                _ => pages,
+            },
         }
     }
 
@@ -98,9 +101,12 @@ impl KvPages {
         let demand = &seq.spec.demand;
         let num_tokens = match demand.seal() {
             Some(seal) if !seq.sealed => num_tokens.min(seal.at()),
+            _ if seq.dropped.is_none() => {
+                num_tokens.min(demand.filter().map_or(usize::MAX, |filter| filter.whole().end))
+            }
             _ => num_tokens,
         };
-        let pages = |layer| demand.layer_pages(layer, self.block_size, (num_tokens, seq.sealed));
+        let pages = |layer| seq.layer_pages(layer, self.block_size, num_tokens);
         let held: usize = seq.block_tables.iter().map(Vec::len).sum();
         (0..demand.num_layers()).map(pages).sum::<usize>().saturating_sub(held)
     }
@@ -115,13 +121,24 @@ impl KvPages {
             self.seal(seq);
             return self.grow(seq, num_tokens);
         }
-        for (layer, table) in seq.block_tables.iter_mut().enumerate() {
-            let needed = seq.spec.demand.layer_pages(layer, self.block_size, (num_tokens, seq.sealed));
-            while table.len() < needed {
-                table.push(self.take());
+        for layer in 0..seq.block_tables.len() {
+            let needed = seq.layer_pages(layer, self.block_size, num_tokens);
+            while seq.block_tables[layer].len() < needed {
+                seq.block_tables[layer].push(self.take());
             }
         }
         true
+    }
+
+    /// Frees the pages of `seq` behind those that its computed tokens fill.
+    pub(super) fn trim(&mut self, seq: &mut Sequence) {
+        for layer in 0..seq.block_tables.len() {
+            let needed = seq.layer_pages(layer, self.block_size, seq.num_computed);
+            let table = &mut seq.block_tables[layer];
+            for page in table.drain(needed.min(table.len())..) {
+                self.pool.give_back(page);
+            }
+        }
     }
 
     pub(super) fn take(&mut self) -> PageId {
@@ -147,6 +164,7 @@ impl KvPages {
         seq.num_computed = 0;
         seq.num_scheduled = 0;
         seq.sealed = false;
+        (seq.dropped, seq.dropping) = (None, None);
         seq.kv_len.fill(0);
     }
 

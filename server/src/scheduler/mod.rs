@@ -9,7 +9,8 @@
 //!   prompt gets its token (as many sequences run at most as the budget has tokens). What remains goes to
 //!   prefill chunks, of running sequences in order of admission, then of newly admitted ones. While others
 //!   come behind, a chunk takes half of what remains, so that a long prompt lets short ones pass; what
-//!   nobody took goes back to the first.
+//!   nobody took goes back to the first. What has to run whole, from a prompt's first image on where its tokens are
+//!   filtered, waits until its sequence is the first that prefills and may then run more tokens than the step has.
 //! * The queue is first come, first served between requests, and round-robin between the choices of
 //!   different requests: after one choice is admitted its request goes to the end. Preempted sequences come
 //!   before all of them. A sequence is admitted when its whole prompt fits besides what running prefills

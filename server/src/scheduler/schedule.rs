@@ -1,4 +1,7 @@
 //! Planning a step: decode rows, prefill chunks, admission, preemption.
+//!
+//! What has to run whole (a prompt whose image tokens are filtered) is never cut, and so may run more tokens than the
+//! step's budget; nothing else does.
 
 use super::kv_pages::PrefixHit;
 use super::{Scheduler, SeqId, Sequence, StepPlan};
@@ -46,9 +49,10 @@ impl Scheduler {
             let seq = &self.sequences[self.running[index]];
             if is_prefilling(seq) {
                 num_behind -= 1;
-                let wanted = seq.num_runnable();
-                let chunk = wanted.min(self.share(*budget, num_behind > 0));
-                self.claim(index, chunk, budget);
+                let chunk = self.prefill_chunk(seq, *budget, num_behind > 0);
+                if chunk > 0 {
+                    self.claim(index, chunk, budget);
+                }
             }
             index += 1;
         }
@@ -74,13 +78,12 @@ impl Scheduler {
                 }
                 continue;
             }
-            if !self.can_admit(id, &hit, reserved) {
+            if !self.can_admit(id, &hit, reserved) || !self.has_turn(id, &hit, *budget) {
                 return;
             }
             self.waiting.admit(num_passed_over);
             self.admit(id, hit);
-            let seq = &self.sequences[id];
-            let chunk = seq.num_runnable().min(self.share(*budget, !self.waiting.is_empty()));
+            let chunk = self.prefill_chunk(&self.sequences[id], *budget, !self.waiting.is_empty());
             self.claim(self.running.len() - 1, chunk, budget);
             let seq = &self.sequences[id];
             reserved += self.kv.pages_missing(seq, seq.tokens.len());
@@ -91,7 +94,7 @@ impl Scheduler {
     fn top_up_prefills(&mut self, budget: &mut usize) {
         for &id in &self.running {
             let seq = &mut self.sequences[id];
-            let extra = seq.num_runnable().min(*budget);
+            let extra = seq.chunk(*budget);
             if seq.num_scheduled == 0 || extra == 0 {
                 continue;
             }
@@ -118,13 +121,14 @@ impl Scheduler {
             let seq = &mut self.sequences[self.running[index]];
             if self.kv.grow(seq, seq.num_computed + num_tokens) {
                 seq.num_scheduled = num_tokens;
-                *budget -= num_tokens;
+                *budget = budget.saturating_sub(num_tokens);
                 return;
             }
             if index + 1 == self.running.len() {
                 return;
             }
-            *budget += self.preempt(self.running.len() - 1);
+            let freed = self.preempt(self.running.len() - 1);
+            *budget = (*budget + freed).min(self.config.max_num_batched_tokens);
         }
     }
 
@@ -138,6 +142,29 @@ impl Scheduler {
         self.preempted.push(id);
         self.counters.preemptions += 1;
         num_scheduled
+    }
+
+    /// Tokens of a prefill that the next step runs. What has to run whole takes all of the budget if it needs to, and
+    /// more than there is where no other prefill is in the step: it could never run else.
+    fn prefill_chunk(&self, seq: &Sequence, budget: usize, others_behind: bool) -> usize {
+        let chunk = seq.chunk(self.share(budget, others_behind));
+        let whole = seq.num_runnable();
+        if chunk == 0 && (whole <= budget || !self.is_prefilling()) { whole } else { chunk }
+    }
+
+    /// Whether a waiting sequence, with `hit`, could run anything now.
+    fn has_turn(&self, id: SeqId, hit: &PrefixHit, budget: usize) -> bool {
+        let Some(filter) = self.sequences[id].spec.demand.filter() else { return true };
+        let whole = filter.whole();
+        hit.num_tokens < whole.start || whole.end - hit.num_tokens <= budget || !self.is_prefilling()
+    }
+
+    /// Whether a prompt's tokens are in the step so far.
+    fn is_prefilling(&self) -> bool {
+        self.running
+            .iter()
+            .map(|&id| &self.sequences[id])
+            .any(|seq| seq.num_scheduled > 0 && !seq.is_decoding())
     }
 
     /// Budget that one prefill may take.

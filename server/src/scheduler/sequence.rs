@@ -30,6 +30,10 @@ pub(super) struct Sequence {
     pub(super) shared: SharedPrefix,
     /// Whether its prompt lies in packed pages.
     pub(super) sealed: bool,
+    /// `[layer]`: slots that filters have dropped of its prompt, once it is computed.
+    pub(super) dropped: Option<Vec<usize>>,
+    /// What the step that is about to be committed has dropped.
+    pub(super) dropping: Option<Vec<usize>>,
     /// Pages that it holds at most.
     pub(super) max_pages: usize,
 }
@@ -57,6 +61,8 @@ impl Sequence {
             kv_len: vec![0; num_layers],
             shared: SharedPrefix::default(),
             sealed: false,
+            dropped: None,
+            dropping: None,
             max_pages,
             spec,
         }
@@ -72,13 +78,48 @@ impl Sequence {
         self.tokens.len() - self.num_computed - self.num_scheduled
     }
 
-    /// Of those, tokens that a step may run: pruning takes place between the prompt and what follows.
+    /// Of those, tokens that a step may run: pruning and dropping take place between the prompt and what follows.
     pub(super) fn num_runnable(&self) -> usize {
         let next = self.num_computed + self.num_scheduled;
+        if let Some(end) = self.whole().map(|whole| whole.end) {
+            return end.saturating_sub(next);
+        }
         match self.spec.demand.seal() {
             Some(seal) if !self.sealed && next < seal.at() => self.num_remaining().min(seal.at() - next),
             Some(seal) if !self.sealed && self.num_computed < seal.at() => 0,
             _ => self.num_remaining(),
+        }
+    }
+
+    /// The tokens that have to run in one step, until they have.
+    fn whole(&self) -> Option<Range<usize>> {
+        self.spec.demand.filter().filter(|_| self.dropped.is_none()).map(|filter| filter.whole())
+    }
+
+    /// Tokens that a step may run within `budget`. 0 where what comes next runs whole and is longer.
+    pub(super) fn chunk(&self, budget: usize) -> usize {
+        let runnable = self.num_runnable();
+        match self.whole() {
+            Some(whole) if runnable > budget => {
+                budget.min(whole.start.saturating_sub(self.num_computed + self.num_scheduled))
+            }
+            _ => runnable.min(budget),
+        }
+    }
+
+    /// KV slots that its first `num_tokens` tokens fill in `layer`.
+    pub(super) fn slots(&self, layer: usize, num_tokens: usize) -> usize {
+        match &self.dropped {
+            Some(dropped) => self.spec.demand.present(layer, num_tokens).saturating_sub(dropped[layer]),
+            None => self.spec.demand.kv_len(layer, num_tokens),
+        }
+    }
+
+    /// Pages of `block_size` slots that its first `num_tokens` tokens fill in `layer`.
+    pub(super) fn layer_pages(&self, layer: usize, block_size: usize, num_tokens: usize) -> usize {
+        match self.spec.demand.seal() {
+            Some(_) => self.spec.demand.layer_pages(layer, block_size, (num_tokens, self.sealed)),
+            None => self.slots(layer, num_tokens).div_ceil(block_size),
         }
     }
 
@@ -127,12 +168,13 @@ impl Sequence {
     pub(super) fn advance(&mut self) {
         self.num_computed += self.num_scheduled;
         self.num_scheduled = 0;
+        self.dropped = self.dropping.take().or(self.dropped.take());
         self.refresh_kv_len();
     }
 
     pub(super) fn refresh_kv_len(&mut self) {
-        for (layer, kv_len) in self.kv_len.iter_mut().enumerate() {
-            *kv_len = self.spec.demand.kv_len(layer, self.num_computed);
+        for layer in 0..self.kv_len.len() {
+            self.kv_len[layer] = self.slots(layer, self.num_computed);
         }
     }
 

@@ -95,6 +95,8 @@ pub struct CompressionSample {
     pub ffns_skipped: u64,
     /// Left out by SkipDecode.
     pub too_deep: u64,
+    /// Left out for image tokens that were dropped.
+    pub visual_left_out: u64,
 }
 
 /// The life of one finished sequence (a choice of a request).

@@ -30,7 +30,7 @@ async fn bad_input_is_refused_clearly_and_costs_nobody_else_anything() {
         (path, stops.as_str(), 400, "stop is 10000"),
         (path, r#"{"prompt": "x", "suffix": "y"}"#, 400, "suffix is not supported"),
         (path, r#"{"prompt": "x", "compression": {"think": {"ratio": 2}}}"#, 400, "compression.think"),
-        (path, r#"{"prompt": "x", "compression": {"vision": {}}}"#, 400, "unknown field `vision`"),
+        (path, r#"{"prompt": "x", "compression": {"vision": {"share": 2}}}"#, 400, "unknown field `share`"),
         (path, r#"{"prompt": "x", "model": "nobody"}"#, 404, "nobody"),
         ("/v1/chat/completions", r#"{"messages": []}"#, 400, "messages is empty"),
         ("/v1/chat/completions", r#"{"messages": [{"content": "x"}]}"#, 400, "messages[0].role"),

@@ -21,7 +21,17 @@ async fn the_openai_client_shows_images() {
     })
     .await
     .expect("the client is content");
-    assert_eq!(metric(server.http, "rheostat_image_cache_bytes").await, 3.0 * 9.0 * 64.0 * 4.0);
+    let (grpc, picture) = (server.grpc.to_string(), fixtures().join("images/rgb.png"));
+    tokio::task::spawn_blocking(move || {
+        let picture = picture.to_string_lossy();
+        run_client("vision_grpc_client.py", &[&grpc, "--picture", &picture, "--tokens", "9"]);
+    })
+    .await
+    .expect("the gRPC client is content");
+    // Three pictures whole, one of them once more with its nine patches merged, perhaps into one.
+    let bytes = metric(server.http, "rheostat_image_cache_bytes").await;
+    let (row, salience) = (64.0 * 4.0, 9.0 * 4.0);
+    assert!((3.0 * (9.0 * row + salience)..=4.0 * (9.0 * row + 3.0 * salience)).contains(&bytes), "{bytes}");
     let spelled = br#"{"messages": [{"role": "user", "content": "what is <image> in HTML?"}]}"#;
     let (status, answer) = request(server.http, "POST", "/v1/chat/completions", spelled).await;
     assert!(status == 400 && answer.contains("must not spell"), "{answer}");
@@ -47,6 +57,11 @@ async fn a_trained_model_sees_what_is_shown_to_the_openai_client() {
     })
     .await
     .expect("the client is content");
+    let dropped = r#"rheostat_image_tokens_total{method="vision",state="kept"}"#;
+    let (_, page) = request(server.http, "GET", "/metrics", b"").await;
+    let kept =
+        page.lines().find_map(|line| line.strip_prefix(dropped)).and_then(|value| value.trim().parse().ok());
+    assert!(kept.is_some_and(|kept: f64| kept > 0.0), "{dropped} in\n{page}");
     server.stop().await;
 }
 

@@ -6,6 +6,7 @@
 //! Slots that the sequence has not written may hold anything, NaN included: their scores are masked and
 //! their values never read.
 
+pub mod gaze;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -96,6 +97,17 @@ pub fn attention(
     segments: &[Segment<'_>],
     (q, pages, out): (&[f32], &Pages, &mut [f32]),
 ) {
+    attention_with_lse(cpu, shape, segments, (q, pages, out, &mut []));
+}
+
+/// [`attention`], and the log of the sum of each query's exponentials, `ln Σ exp(q·k·scale)`, to `lse`
+/// `[n, num_heads]`, unless that is empty: with it any weight of the softmax is had again from its score.
+pub fn attention_with_lse(
+    cpu: &Cpu,
+    shape: &AttentionShape,
+    segments: &[Segment<'_>],
+    (q, pages, out, lse): (&[f32], &Pages, &mut [f32], &mut [f32]),
+) {
     assert!(shape.layout.block_size.is_multiple_of(SLOTS), "invariant: checked by the decoder");
     let tokens_per_task = (QUERIES / shape.group()).max(1);
     let mut tasks = Vec::new();
@@ -107,6 +119,7 @@ pub fn attention(
     }
     let width = shape.num_heads * shape.layout.head_dim;
     let (shared, isa) = (Disjoint::new(out), cpu.isa);
+    let (wants_lse, lse) = (!lse.is_empty(), Disjoint::new(lse));
     cpu.pool.run(tasks.len(), |task| {
         let (index, first, kv_head) = tasks[task];
         let segment = segments[index];
@@ -121,6 +134,13 @@ pub fn attention(
                 // SAFETY: a (token, query head) pair belongs to one task.
                 let out = unsafe { shared.part(at, shape.layout.head_dim) };
                 tile.finish(i * shape.group() + head, out);
+                if wants_lse {
+                    let at =
+                        (segment.first_token + first + i) * shape.num_heads + kv_head * shape.group() + head;
+                    // SAFETY: the same.
+                    let lse = unsafe { lse.part(at, 1) };
+                    lse[0] = tile.lse(i * shape.group() + head);
+                }
             }
         }
     });
@@ -220,13 +240,8 @@ impl<'a> QueryTile<'a> {
         }
     }
 
-    /// Sixteen slots from `offset` of a page, of which the first `written` hold this sequence's data.
     fn slots<'p>(&self, page: &'p [u16], offset: usize, written: usize) -> Slots<'p> {
-        let KvLayout { num_kv_heads, head_dim: dim, block_size: stride } = self.shape.layout;
-        let (keys, values) = page.split_at(num_kv_heads * dim * stride);
-        let keys = &keys[self.kv_head * dim * stride..][..dim * stride][offset..];
-        let values = &values[(self.kv_head * stride + offset) * dim..][..written.min(SLOTS) * dim];
-        Slots { keys, stride, values, dim }
+        slots(self.shape.layout, self.kv_head, page, (offset, written))
     }
 
     /// Turns the scores of the slots from `start` into softmax weights relative to the running maximum.
@@ -245,6 +260,10 @@ impl<'a> QueryTile<'a> {
         }
     }
 
+    fn lse(&self, query: usize) -> f32 {
+        self.max[query] + self.sum[query * SLOTS..][..SLOTS].iter().sum::<f32>().ln()
+    }
+
     fn finish(&self, query: usize, out: &mut [f32]) {
         let dim = self.shape.layout.head_dim;
         let total: f32 = self.sum[query * SLOTS..][..SLOTS].iter().sum();
@@ -253,6 +272,15 @@ impl<'a> QueryTile<'a> {
             *out = acc * inverse;
         }
     }
+}
+
+/// Sixteen slots from `offset` of a page, of which the first `written` hold this sequence's data.
+fn slots(layout: KvLayout, kv_head: usize, page: &[u16], (offset, written): (usize, usize)) -> Slots<'_> {
+    let KvLayout { num_kv_heads, head_dim: dim, block_size: stride } = layout;
+    let (keys, values) = page.split_at(num_kv_heads * dim * stride);
+    let keys = &keys[kv_head * dim * stride..][..dim * stride][offset..];
+    let values = &values[(kv_head * stride + offset) * dim..][..written.min(SLOTS) * dim];
+    Slots { keys, stride, values, dim }
 }
 
 /// A query's online softmax.

@@ -7,6 +7,7 @@ mod load;
 mod pruned;
 mod stack;
 mod sublayer;
+mod visual;
 
 use std::ops::Range;
 
@@ -85,6 +86,10 @@ struct Scratch {
     k: Vec<f32>,
     v: Vec<f32>,
     mixed: Vec<f32>,
+    /// Of the attention that ran last, where a filter of image tokens asks for it, `[tokens, num_heads]`
+    lse: Vec<f32>,
+    /// Rows whose image tokens were filtered after it, with the tokens that go on.
+    filtered: Vec<(usize, Vec<usize>)>,
     gate: Vec<f32>,
     up: Vec<f32>,
     /// Final hidden states whose logits are wanted, normed, `[num_logit_rows, hidden_size]`
@@ -114,9 +119,13 @@ impl CausalLm for CpuDecoder {
                     }
                     Active::Gather(tokens) => self.run_gathered(step, (layer, sublayer, tokens), &mut x),
                 }
+                for (row, tokens) in self.scratch.filtered.drain(..) {
+                    route.retain(row, layer, tokens);
+                }
             }
         }
         route.finish(&mut batch.rows);
+        visual::compact(batch, kv, &route);
         self.keep_hidden(batch, &route, &x);
         self.scratch.x = x;
         Ok(())
@@ -193,7 +202,7 @@ impl CpuDecoder {
                 return fail("the embeddings of an image are not as wide as this model".into());
             }
             let unknown = |&(index, &token): &(usize, &u32)| {
-                token as usize >= self.config.vocab_size && row.image_row(index).is_none()
+                token as usize >= self.config.vocab_size && !row.is_visual(index)
             };
             if let Some((_, token)) = row.tokens.iter().enumerate().find(unknown) {
                 return fail(format!("token {token} is outside the vocabulary"));
@@ -204,9 +213,9 @@ impl CpuDecoder {
             if row.kv_len.len() != layers || row.block_tables.len() != layers {
                 return fail(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
             }
+            visual::check(row).or_else(|what| fail(what))?;
             for (layer, (table, &len)) in row.block_tables.iter().zip(row.kv_len).enumerate() {
-                let active =
-                    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()));
+                let active = visual::slots(row, layer);
                 let slots = pruned::packed(row, (layer, layout.block_size));
                 let room = slots.map_or(0, |packed| packed.room(layout)) + table.len() * layout.block_size;
                 if room < len + active {
@@ -231,11 +240,16 @@ impl CpuDecoder {
         x.resize(batch.num_tokens() * width, 0.0);
         let rows = || route.order().iter().map(|&row| &batch.rows[row]);
         let tokens = rows().flat_map(|row| {
-            row.tokens.iter().enumerate().map(move |(index, &token)| (token, row.image_row(index)))
+            let visual = move |index| row.is_visual(index).then(|| row.image_row(index));
+            row.tokens.iter().enumerate().map(move |(index, &token)| (token, visual(index)))
         });
-        for ((token, image), out) in tokens.zip(x.chunks_exact_mut(width)) {
-            if let Some(image) = image {
-                out.copy_from_slice(image);
+        for ((token, visual), out) in tokens.zip(x.chunks_exact_mut(width)) {
+            if let Some(image) = visual {
+                match image {
+                    Some(image) => out.copy_from_slice(image),
+                    // It runs nowhere.
+                    None => out.fill(0.0),
+                }
                 continue;
             }
             self.weights.embedding.row(&self.cpu, token as usize, out);

@@ -5,17 +5,17 @@ use crate::compression::route::Span;
 use crate::kernels::cpu::attention::{Packed, Segment};
 use crate::step::{StepBatch, StepRow};
 
-/// The tokens of `span` as attention sees them.
+/// The tokens of a row, one or several `spans` of it, as attention sees them: side by side, whatever lies between.
 pub(super) fn segment<'a>(
     batch: &'a StepBatch<'_>,
-    span: &Span,
+    spans: &[Span],
     (layer, block_size): (usize, usize),
 ) -> Segment<'a> {
-    let row = &batch.rows[span.row];
+    let row = &batch.rows[spans[0].row];
     Segment {
-        first_token: span.start,
-        num_tokens: span.len,
-        kv_start: row.kv_len[layer] + span.first,
+        first_token: spans[0].start,
+        num_tokens: spans.iter().map(|span| span.len).sum(),
+        kv_start: row.kv_len[layer],
         block_table: &row.block_tables[layer],
         packed: packed(row, (layer, block_size)),
     }

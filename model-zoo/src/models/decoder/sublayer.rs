@@ -1,10 +1,11 @@
 //! The two halves of a decoder layer, on a block of the residual stream.
 
 use super::pruned::segment;
+use super::visual;
 use super::{CpuDecoder, Half, Layer, Scratch, Step};
 use crate::compression::route::Span;
 use crate::config::Activation;
-use crate::kernels::cpu::attention::{AttentionShape, attention, write_kv};
+use crate::kernels::cpu::attention::{AttentionShape, attention_with_lse, write_kv};
 use crate::kernels::cpu::packed::Write;
 use crate::kernels::cpu::rows::{for_each_row, for_each_row_pair};
 use crate::kernels::cpu::vector::{add, gelu_tanh_mul, rms_norm, rms_norm_in_place, silu_mul};
@@ -59,8 +60,13 @@ impl CpuDecoder {
             window: layer.window,
         };
         let segments: Vec<_> =
-            spans.iter().map(|span| segment(batch, span, (index, kv.layout().block_size))).collect();
-        attention(cpu, &shape, &segments, (&s.q, kv.pages(), &mut s.mixed));
+            by_row(spans).map(|spans| segment(batch, spans, (index, kv.layout().block_size))).collect();
+        let is_filtered = visual::filters(batch, spans, index);
+        s.lse.resize(if is_filtered { tokens * config.num_heads } else { 0 }, 0.0);
+        attention_with_lse(cpu, &shape, &segments, (&s.q, kv.pages(), &mut s.mixed, &mut s.lse));
+        if is_filtered {
+            s.filtered = visual::select(cpu, &shape, (step, index), (&s.q, &s.lse));
+        }
         show(step.batch, (index, LinearInput::O), &s.mixed);
         let post = layer.post_norms.as_ref().map(|[after, _]| (after.as_slice(), config.rms_norm_eps));
         let Scratch { mixed, normed, quantized, services, .. } = s;
@@ -98,6 +104,11 @@ fn show(batch: &mut StepBatch<'_>, place: (usize, LinearInput), x: &[f32]) {
     if let Some(probe) = &mut batch.probe {
         probe.linear_input(place, x);
     }
+}
+
+/// The spans of each row.
+pub(super) fn by_row(spans: &[Span]) -> impl Iterator<Item = &[Span]> {
+    spans.chunk_by(|a, b| a.row == b.row)
 }
 
 fn norm_rows(cpu: &Cpu, x: &[f32], (weight, eps): (&[f32], f32), out: &mut Vec<f32>) {
@@ -172,12 +183,14 @@ impl Place<'_> {
                 }
             }
         });
-        let rows = k.chunks_exact(widths.1).zip(v.chunks_exact(widths.1));
-        for (&(span, i), (k, v)) in owners.iter().zip(rows) {
-            let segment = segment(batch, span, (self.index, layout.block_size));
-            let (page, offset) = segment.place(layout, segment.kv_start + i);
-            let place = (&segment.block_table[page..], offset);
-            write_kv(self.cpu.isa, (layout, kv.pages_mut()), place, (k, v));
+        let mut rows = k.chunks_exact(widths.1).zip(v.chunks_exact(widths.1));
+        for spans in by_row(spans) {
+            let segment = segment(batch, spans, (self.index, layout.block_size));
+            for (i, (k, v)) in rows.by_ref().take(segment.num_tokens).enumerate() {
+                let (page, offset) = segment.place(layout, segment.kv_start + i);
+                let place = (&segment.block_table[page..], offset);
+                write_kv(self.cpu.isa, (layout, kv.pages_mut()), place, (k, v));
+            }
         }
     }
 }

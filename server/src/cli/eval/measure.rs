@@ -112,6 +112,7 @@ impl Subject<'_> {
             head_dim: self.dims.head_dim,
             prompt_len,
             max_tokens,
+            images: &[],
             offer: self.offer,
         };
         registry::compile(options, &context)

@@ -6,11 +6,12 @@ mod cancel;
 mod failures;
 mod images;
 mod memory;
+mod vision;
 
 use std::sync::Arc;
 
 use model_zoo::compression::Plan;
-use model_zoo::models::CausalLm as _;
+use model_zoo::models::CausalLm;
 use model_zoo::models::toy::{ToyModel, ToyOptions};
 use model_zoo::tokenizer::Tokenizer;
 use tokio::sync::mpsc;
@@ -90,15 +91,18 @@ struct Bench {
 
 impl Bench {
     fn new(config: &SchedulerConfig, toy: ToyOptions) -> Self {
+        Self::over(config, Box::new(ToyModel::new(toy)))
+    }
+
+    fn over(config: &SchedulerConfig, model: Box<dyn CausalLm>) -> Self {
         let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
-        let model = ToyModel::new(toy);
         let shared = Shared {
             tokenizer: Arc::new(Tokenizer::toy()),
             metrics: Arc::clone(&metrics),
             kv_layout: model.dims().kv_layout(config.block_size),
         };
-        let engine = Engine::new(Box::new(model), (config, MemoryTargets::default()), shared)
-            .expect("memory for the pool");
+        let engine =
+            Engine::new(model, (config, MemoryTargets::default()), shared).expect("memory for the pool");
         Self { engine, metrics }
     }
 

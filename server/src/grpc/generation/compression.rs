@@ -1,5 +1,7 @@
 //! What a request asks of the model's compression, and what was done.
 
+mod vision;
+
 use model_zoo::compression::CompressionOptions;
 use model_zoo::compression::options::{
     BitStack, DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode, Think,
@@ -9,17 +11,13 @@ use rheostat_proto::rheostat::v1;
 use crate::error::Error;
 use crate::request::{ChoiceUsage, Work};
 
-/// Methods that are on the wire but not in the zoo are refused, never dropped: a client that asks for
-/// less of the model must not be answered by all of it unawares.
+/// What is on the wire but not known here is refused, never dropped: a client that asks for less of the model must not
+/// be answered by all of it unawares.
 ///
 /// # Errors
-/// [`crate::error::ErrorKind::InvalidArgument`] for such a method, or an enum value of a later version.
+/// [`crate::error::ErrorKind::InvalidArgument`] for an enum value of a later version.
 pub(super) fn options(wire: v1::Compression) -> Result<CompressionOptions, Error> {
     let v1::Compression { profile, skip_decode, ffn_skip, drop, think, vision, bitstack } = wire;
-    if vision.is_some() {
-        let name = "compression.vision";
-        return Err(Error::invalid(name, format!("{name} is not supported by this version")));
-    }
     Ok(CompressionOptions {
         profile: Some(profile).filter(|p| !p.is_empty()),
         skip_decode: skip_decode.map(of_skip_decode).transpose()?,
@@ -31,6 +29,7 @@ pub(super) fn options(wire: v1::Compression) -> Result<CompressionOptions, Error
         }),
         think: think.map(|think| Think { ratio: think.ratio, recent: think.recent.map(|n| n as usize) }),
         bitstack: bitstack.map(|bitstack| BitStack { levels: bitstack.levels.map(|n| n as usize) }),
+        vision: vision.map(vision::of_wire).transpose()?,
     })
 }
 
@@ -112,6 +111,7 @@ pub(super) fn usage(
         ffn_layers_skipped: work.ffns_skipped,
         dense_layers: work.dense_layers,
         kv_bytes: work.kv_bytes,
+        visual_tokens: work.visual.map(vision::usage),
         profile: profile.to_owned(),
     }
 }
@@ -134,7 +134,7 @@ fn wire(plan: &CompressionOptions) -> v1::Compression {
             joint: Some(count(drop.joint)),
         }),
         think: plan.think.map(|think| v1::Think { ratio: think.ratio, recent: think.recent.map(count) }),
-        vision: None,
+        vision: plan.vision.as_ref().map(vision::wire),
         bitstack: plan.bitstack.map(|bitstack| v1::BitStack { levels: bitstack.levels.map(count) }),
     }
 }

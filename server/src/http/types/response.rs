@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use model_zoo::compression::CompressionOptions;
+use model_zoo::compression::{CompressionOptions, VisualUse};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -36,9 +36,23 @@ pub(crate) struct CompressionUsage {
     dense_layers: u64,
     /// Bytes of KV at the end, over all choices.
     kv_bytes: u64,
+    /// What was run of the images that the prompt shows, if it shows any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    visual_tokens: Option<VisualTokens>,
     /// By which weights the tokens were made, of a model whose weights can be held in part.
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<WeightUsage>,
+}
+
+/// Image tokens of a prompt.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+pub(crate) struct VisualTokens {
+    /// Tokens of the prompt that stand for images.
+    shown: usize,
+    /// Of those, tokens that went through to the last layer.
+    kept: usize,
+    /// Tokens that ran a layer, mean of the layers.
+    mean_kept: f32,
 }
 
 /// The weights that a request was served with.
@@ -92,6 +106,12 @@ impl Usage {
         sum.ffn_layers_skipped += work.ffns_skipped;
         sum.dense_layers += work.dense_layers;
         sum.kv_bytes += work.kv_bytes;
+        let visual = |visual: VisualUse| VisualTokens {
+            shown: visual.shown,
+            kept: visual.kept,
+            mean_kept: visual.mean,
+        };
+        sum.visual_tokens = sum.visual_tokens.or(work.visual.map(visual));
         if !usage.served.is_empty() {
             let weights = sum.weights.get_or_insert_default();
             weights.moved_down += usage.moved_down;

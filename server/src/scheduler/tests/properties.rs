@@ -6,11 +6,12 @@ use std::sync::Arc;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use model_zoo::compression::options::Think;
+use model_zoo::compression::options::{Think, Vision};
 use model_zoo::compression::{CompressionOptions, Context, KvDemand, Offer, PlanKey, registry};
+use model_zoo::vision::{EncodedImage, ImageEmbeddings, PromptImage};
 
 use super::simulation::Simulation;
-use crate::scheduler::{SchedulerConfig, SeqId, SequenceSpec};
+use crate::scheduler::{ImageSpan, SchedulerConfig, SeqId, SequenceSpec};
 
 #[derive(Debug, Clone)]
 enum Op {
@@ -41,23 +42,30 @@ struct Request {
     bypass: bool,
     /// Recent tokens where keys are pruned.
     pruned: Option<usize>,
+    /// Where an image begins that is filtered, its tokens, and how many may be kept.
+    filtered: Option<(usize, usize, Option<usize>)>,
 }
 
 fn request() -> impl Strategy<Value = Request> {
     let rare = || prop::bool::weighted(0.1);
     let pruned = || prop::option::weighted(0.3, 0..12usize);
-    let flags = (rare(), rare(), rare(), pruned());
+    let filtered = (0..12usize, 1..12usize, prop::option::of(1..4usize));
+    let filtered = prop::option::weighted(0.3, filtered);
+    let flags = (rare(), rare(), rare(), pruned(), filtered);
     (0..3u64, 0..30usize, vec(0..2u32, 0..4), 0..12usize, 1..4u64, flags).prop_map(
-        |(text, text_len, rest, max_tokens, num_choices, (salt, plan_key, bypass, pruned))| Request {
-            text,
-            text_len,
-            rest,
-            max_tokens,
-            num_choices,
-            salt: salt.into(),
-            plan_key: plan_key.into(),
-            bypass,
-            pruned,
+        |(text, text_len, rest, max_tokens, num_choices, (salt, plan_key, bypass, pruned, filtered))| {
+            Request {
+                text,
+                text_len,
+                rest,
+                max_tokens,
+                num_choices,
+                salt: salt.into(),
+                plan_key: plan_key.into(),
+                bypass,
+                pruned,
+                filtered,
+            }
         },
     )
 }
@@ -145,7 +153,7 @@ impl Run {
                 id: SeqId(self.next_id),
                 group: self.next_group,
                 prompt: prompt.as_slice().into(),
-                images: Arc::default(),
+                images: request.images(prompt.len()).iter().map(span).collect(),
                 max_tokens: request.max_tokens,
                 demand: demand(self.num_layers, prompt.len(), request),
                 plan_key: PlanKey(request.plan_key),
@@ -162,14 +170,38 @@ impl Run {
     }
 }
 
+impl Request {
+    /// The image, if the prompt has room for it.
+    fn images(&self, prompt_len: usize) -> Vec<PromptImage> {
+        let Some((start, num_tokens, _)) = self.filtered else { return Vec::new() };
+        let encoded = EncodedImage {
+            rows: vec![0.0; num_tokens],
+            places: None,
+            salience: (0..num_tokens).map(|token| token as f32).collect(),
+        };
+        let embeddings = Arc::new(ImageEmbeddings::of((1, num_tokens), encoded, [num_tokens as u8; 32]));
+        let fits = start + num_tokens <= prompt_len;
+        fits.then_some(PromptImage { start, embeddings }).into_iter().collect()
+    }
+}
+
+fn span(image: &PromptImage) -> ImageSpan {
+    let num_tokens = image.embeddings.num_tokens();
+    ImageSpan { start: image.start, num_tokens, digest: [num_tokens as u32; 8] }
+}
+
 fn demand(num_layers: usize, prompt_len: usize, request: &Request) -> KvDemand {
     let think = request.pruned.map(|recent| Think { ratio: Some(0.5), recent: Some(recent) });
-    let options = CompressionOptions { think, ..CompressionOptions::default() };
+    let vision =
+        request.filtered.map(|(_, _, keep)| Vision { keep, layers: Some(vec![0]), ..Vision::default() });
+    let think = think.filter(|_| vision.is_none());
+    let options = CompressionOptions { think, vision, ..CompressionOptions::default() };
     let context = Context {
         num_layers,
         head_dim: 64,
         prompt_len,
         max_tokens: request.max_tokens,
+        images: &request.images(prompt_len),
         offer: &Offer::default(),
     };
     registry::compile(&options, &context).expect("a valid plan").kv_demand()

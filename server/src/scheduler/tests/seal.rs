@@ -21,6 +21,7 @@ fn demand(ratio: f32) -> KvDemand {
         head_dim: 64,
         prompt_len: PROMPT,
         max_tokens: OUTPUT,
+        images: &[],
         offer: &Offer::default(),
     };
     registry::compile(&options, &context).expect("a valid plan").kv_demand()

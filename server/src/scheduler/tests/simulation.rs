@@ -10,7 +10,7 @@ use model_zoo::compression::think::PageMove;
 use model_zoo::kv_cache::PageId;
 
 use crate::scheduler::{
-    AddError, PageCopy, RowOutcome, Scheduler, SchedulerConfig, SeqId, SequenceSpec, StepPlan,
+    AddError, PageCopy, RowOutcome, ScheduledSeq, Scheduler, SchedulerConfig, SeqId, SequenceSpec, StepPlan,
 };
 
 /// Where packed slots are counted from in a page.
@@ -37,6 +37,8 @@ struct Live {
     next_pos: Option<usize>,
     /// Its prompt lies in packed pages.
     sealed: bool,
+    /// `[layer]`: tokens of its prompt whose slots filters have left, once it is computed.
+    kept: Option<Vec<Vec<usize>>>,
 }
 
 impl Simulation {
@@ -53,7 +55,7 @@ impl Simulation {
 
     pub(super) fn add(&mut self, spec: SequenceSpec) -> Result<(), AddError> {
         self.scheduler.add(spec.clone())?;
-        let live = Live { tokens: spec.prompt.to_vec(), spec, next_pos: None, sealed: false };
+        let live = Live { tokens: spec.prompt.to_vec(), spec, next_pos: None, sealed: false, kept: None };
         self.live.insert(live.spec.id, live);
         self.check_pages();
         Ok(())
@@ -102,10 +104,16 @@ impl Simulation {
         self.move_sealed();
         for id in &plan.preempted {
             let live = self.live.get_mut(id).expect("preempted sequences are live");
-            (live.next_pos, live.sealed) = (None, false);
+            (live.next_pos, live.sealed, live.kept) = (None, false, None);
         }
+        // What runs whole may be longer than the budget; then it is the step's only prefill.
+        let is_whole = |row: &&ScheduledSeq| self.live[&row.id].computes_whole(row);
         let num_tokens: usize = plan.rows.iter().map(|row| row.num_tokens).sum();
-        assert!(num_tokens <= self.config.max_num_batched_tokens);
+        let num_prefills = plan.rows.iter().filter(|row| !row.samples || row.num_tokens > 1).count();
+        assert!(
+            num_tokens <= self.config.max_num_batched_tokens
+                || (plan.rows.iter().any(|row| is_whole(&row)) && num_prefills == 1)
+        );
         assert!(self.scheduler.stats().running <= self.config.max_num_seqs);
         assert_eq!(plan.rows.is_empty(), self.live.is_empty(), "there is a row as long as there is work");
         self.check_no_decode_starves(&plan);
@@ -163,9 +171,12 @@ impl Simulation {
             assert!(live.next_pos.is_none_or(|pos| pos == row.first_pos), "{row:?} skips or repeats tokens");
             assert!(row.num_tokens > 0 && row.first_pos + row.num_tokens <= live.tokens.len());
             assert_eq!(row.samples, row.first_pos + row.num_tokens == live.tokens.len());
-            for layer in 0..live.spec.demand.num_layers() {
-                assert_eq!(self.scheduler.kv_len(row.id).unwrap()[layer], row.first_pos);
-                for pos in 0..row.first_pos {
+            let num_layers = live.spec.demand.num_layers();
+            for layer in 0..num_layers {
+                let live = &self.live[&row.id];
+                let first = live.held(layer, row.first_pos);
+                assert_eq!(self.scheduler.kv_len(row.id).unwrap()[layer], first);
+                for pos in (0..row.first_pos).filter(|&pos| live.holds(layer, pos)) {
                     for slot in self.read(row.id, layer, pos) {
                         let found = self.slots.get(&slot);
                         assert_eq!(
@@ -175,12 +186,24 @@ impl Simulation {
                         );
                     }
                 }
-                for pos in row.first_pos..row.first_pos + row.num_tokens {
-                    let (page, slot) = self.slot(row.id, layer, pos);
-                    assert!(self.holders(page).len() == 1, "{row:?} writes a shared page");
-                    self.slots.insert((page, slot), content(live, layer, pos));
+                let kept = live.computes_whole(row).then(|| live.filtered(layer));
+                let runs = |pos: &usize| kept.as_ref().is_none_or(|[during, _]| during.contains(pos));
+                let written = (row.first_pos..row.first_pos + row.num_tokens).filter(runs).collect();
+                self.write(row.id, layer, (first, written));
+                if let Some([_, after]) = kept {
+                    let moved = after.into_iter().filter(|&pos| pos >= row.first_pos).collect();
+                    self.write(row.id, layer, (first, moved));
                 }
             }
+        }
+    }
+
+    /// Writes the KV of these tokens to the slots from the `first` on.
+    fn write(&mut self, id: SeqId, layer: usize, (first, tokens): (usize, Vec<usize>)) {
+        for (index, pos) in tokens.into_iter().enumerate() {
+            let (page, slot) = self.place(id, layer, first + index);
+            assert!(self.holders(page).len() == 1, "{id:?} writes a shared page");
+            self.slots.insert((page, slot), content(&self.live[&id], layer, pos));
         }
     }
 
@@ -189,8 +212,14 @@ impl Simulation {
         self.forward(plan);
         for row in &plan.rows {
             for layer in 0..self.live[&row.id].spec.demand.num_layers() {
-                for pos in row.first_pos..row.first_pos + row.num_tokens {
-                    self.slots.insert(self.slot(row.id, layer, pos), GARBAGE);
+                let live = &self.live[&row.id];
+                let first = live.held(layer, row.first_pos);
+                let count = match live.computes_whole(row) {
+                    true => live.filtered(layer)[0].len() - first,
+                    false => row.num_tokens,
+                };
+                for slot in first..first + count {
+                    self.slots.insert(self.place(row.id, layer, slot), GARBAGE);
                 }
             }
         }
@@ -201,10 +230,19 @@ impl Simulation {
         let mut outcomes = Vec::new();
         for row in &plan.rows {
             // A preempted sequence has no pages, whatever the plan said.
-            let lost = self.scheduler.kv_len(row.id).is_none_or(|len| len[0] != row.first_pos)
+            let held = self.live.get(&row.id).map(|live| live.held(0, row.first_pos));
+            let lost = self.scheduler.kv_len(row.id).is_none_or(|len| Some(len[0]) != held)
                 || self.scheduler.block_tables(row.id).is_none_or(|tables| tables[0].is_empty());
             let next = match self.live.get_mut(&row.id) {
                 Some(live) if !lost => {
+                    if live.computes_whole(row) {
+                        let layers = 0..live.spec.demand.num_layers();
+                        let kept: Vec<_> = layers.map(|layer| live.filtered(layer)[1].clone()).collect();
+                        let dropped: Vec<_> =
+                            kept.iter().map(|kept| live.spec.prompt.len() - kept.len()).collect();
+                        self.scheduler.drop_slots(row.id, &dropped);
+                        live.kept = Some(kept);
+                    }
                     live.next_pos = Some(row.first_pos + row.num_tokens);
                     sample(live)
                 }
@@ -247,18 +285,19 @@ impl Simulation {
         self.live.keys().copied().collect()
     }
 
-    fn slot(&self, id: SeqId, layer: usize, pos: usize) -> (PageId, usize) {
+    /// Where a slot that is not packed lies.
+    fn place(&self, id: SeqId, layer: usize, slot: usize) -> (PageId, usize) {
         let tables = self.scheduler.block_tables(id).expect("a scheduled sequence is live");
         let (pages, slots) = self.live[&id].packed(self.config.block_size);
-        let pos = pos - slots;
-        (tables[layer][pages + pos / self.config.block_size], pos % self.config.block_size)
+        let slot = slot - slots;
+        (tables[layer][pages + slot / self.config.block_size], slot % self.config.block_size)
     }
 
     /// Where the KV of a token lies.
     fn read(&self, id: SeqId, layer: usize, pos: usize) -> Vec<(PageId, usize)> {
         let (live, block_size) = (&self.live[&id], self.config.block_size);
         if pos >= live.packed(block_size).1 {
-            return vec![self.slot(id, layer, pos)];
+            return vec![self.place(id, layer, live.held(layer, pos))];
         }
         let tables = self.scheduler.block_tables(id).expect("a scheduled sequence is live");
         let touched = touched(live, pos / block_size * block_size, block_size);
@@ -292,17 +331,16 @@ impl Simulation {
                         assert!(held.insert(page, GARBAGE).is_none(), "packed page {page} is shared");
                         continue;
                     };
-                    let last_pos = slots + (dense + 1) * self.config.block_size - 1;
-                    let shareable = last_pos < self.scheduler.kv_len(id).expect("live")[layer];
+                    let last = slots + (dense + 1) * self.config.block_size - 1;
+                    let shareable = last < self.scheduler.kv_len(id).expect("live")[layer];
+                    // A page that is not full has a content that no other place can equal.
+                    let own = if shareable { content(live, layer, live.token(layer, last)) } else { GARBAGE };
                     match held.entry(page) {
                         Entry::Occupied(other) => {
                             assert!(shareable, "page {page} is shared before it is full");
-                            assert_eq!(*other.get(), content(live, layer, last_pos));
+                            assert_eq!(*other.get(), own);
                         }
-                        Entry::Vacant(free) => {
-                            // A page that is not full has a content that no other place can equal.
-                            free.insert(if shareable { content(live, layer, last_pos) } else { GARBAGE });
-                        }
+                        Entry::Vacant(free) => _ = free.insert(own),
                     }
                 }
             }
@@ -312,6 +350,46 @@ impl Simulation {
 }
 
 impl Live {
+    /// Whether `row` computes the part of its prompt that runs whole.
+    fn computes_whole(&self, row: &ScheduledSeq) -> bool {
+        let end = row.first_pos + row.num_tokens;
+        self.spec.demand.filter().is_some_and(|filter| filter.whole().end == end)
+    }
+
+    /// The tokens of the prompt whose KV filters leave in `layer`: while it is computed, as many as they may; once it
+    /// is, two fewer than that where there are any.
+    fn filtered(&self, layer: usize) -> [Vec<usize>; 2] {
+        let filter = self.spec.demand.filter().expect("it has filters");
+        let (first, [during, after]) = (filter.whole().start, filter.dropped_at_least(layer));
+        let num_visual: usize = self.spec.images.iter().map(|image| image.num_tokens).sum();
+        let without = |count: usize| {
+            (0..self.spec.prompt.len())
+                .filter(|pos| !(first..first + count).contains(pos))
+                .collect::<Vec<_>>()
+        };
+        [without(during), without((after + 2).min(num_visual).max(during))]
+    }
+
+    /// KV slots of `layer` that hold tokens before `pos`.
+    fn held(&self, layer: usize, pos: usize) -> usize {
+        let Some(kept) = &self.kept else { return pos };
+        let prompt = kept[layer].partition_point(|&token| token < pos);
+        prompt + pos.saturating_sub(self.spec.prompt.len())
+    }
+
+    /// Whether the KV of token `pos` is held in `layer`.
+    fn holds(&self, layer: usize, pos: usize) -> bool {
+        let Some(kept) = &self.kept else { return true };
+        pos >= self.spec.prompt.len() || kept[layer].contains(&pos)
+    }
+
+    /// The token whose KV `slot` of `layer` holds.
+    fn token(&self, layer: usize, slot: usize) -> usize {
+        let Some(kept) = &self.kept else { return slot };
+        let rest = slot.checked_sub(kept[layer].len());
+        rest.map_or_else(|| kept[layer][slot], |rest| self.spec.prompt.len() + rest)
+    }
+
     /// Pages and slots of its packed prefix.
     fn packed(&self, block_size: usize) -> (usize, usize) {
         let seal = self.spec.demand.seal().filter(|_| self.sealed);

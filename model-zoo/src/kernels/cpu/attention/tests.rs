@@ -52,6 +52,16 @@ impl Case {
         (0..40).map(|c| (first..=t).map(|s| weights[s - first] / total * at(&self.v, s, c)).sum()).collect()
     }
 
+    /// Weight of `slot` in the softmax of token `t`, head `h`, by the formula in f64.
+    fn weight(&self, (t, h): (usize, usize), slot: usize) -> f64 {
+        let at = |x: &[f32], s: usize, c: usize| f64::from(x[s * 80 + h / 3 * 40 + c]);
+        let score = |s: usize| -> f64 {
+            (0..40).map(|c| f64::from(self.q[t * 240 + h * 40 + c]) * at(&self.k, s, c)).sum::<f64>() * 0.3
+        };
+        let first = self.shape.window.map_or(0, |w| (t + 1).saturating_sub(w));
+        if slot < first { 0.0 } else { score(slot).exp() / (first..=t).map(|s| score(s).exp()).sum::<f64>() }
+    }
+
     fn run(&self, isa: Isa, first: usize, count: usize) -> Vec<f32> {
         let cpu = Cpu { pool: Pool::new(2), isa };
         let segment = Segment {
@@ -99,6 +109,40 @@ fn a_query_has_the_same_bits_in_any_chunk() {
                     let count = chunk.min(case.len - first);
                     assert_eq!(case.run(isa, first, count), whole[first * 240..(first + count) * 240]);
                 }
+            }
+        }
+    }
+}
+
+/// methods.md §6 (e) 5: weights from the log of the sum equal the softmax, and unwritten slots are not read.
+#[test]
+fn what_is_looked_at_equals_the_softmax() {
+    for (len, block_size, window) in [(70, 16, None), (61, 32, None), (90, 16, Some(40))] {
+        let case = case(len, block_size, window);
+        let (slots, tokens) = (19..43, [47, 48, 50, len - 1]);
+        for isa in Isa::available() {
+            let cpu = Cpu { pool: Pool::new(2), isa };
+            let segment = Segment {
+                first_token: 0,
+                num_tokens: len,
+                kv_start: 0,
+                block_table: &case.table,
+                packed: None,
+            };
+            let (mut out, mut lse) = (vec![f32::NAN; len * 240], vec![f32::NAN; len * 6]);
+            let parts = (&case.q[..], case.kv.pages(), &mut out[..], &mut lse[..]);
+            attention_with_lse(&cpu, &case.shape, &[segment], parts);
+            assert_eq!(out, case.run(isa, 0, len), "the result does not depend on what else is asked for");
+            let onlookers = gaze::Onlookers { segment, tokens: &tokens, slots: slots.clone() };
+            let [sums, maxima] = gaze::gaze(&cpu, &case.shape, &onlookers, (&case.q, &lse, case.kv.pages()));
+            for (slot, (sum, max)) in slots.clone().zip(sums.iter().zip(&maxima)) {
+                let weights: Vec<f64> = tokens
+                    .iter()
+                    .map(|&t| (0..6).map(|h| case.weight((t, h), slot)).sum::<f64>() / 6.0)
+                    .collect();
+                let truth = (weights.iter().sum::<f64>(), weights.iter().copied().fold(0.0, f64::max));
+                assert!((f64::from(*sum) - truth.0).abs() < 1e-5, "{isa:?} {slot}: {sum} {truth:?}");
+                assert!((f64::from(*max) - truth.1).abs() < 1e-5, "{isa:?} {slot}: {max} {truth:?}");
             }
         }
     }
