@@ -3,4 +3,5 @@
 pub mod process;
 pub mod python;
 pub mod server;
+pub mod stack;
 pub mod wire;

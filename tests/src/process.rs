@@ -44,6 +44,16 @@ impl ServerProcess {
         assert!(killed.expect("kill can be run").success());
     }
 
+    /// Bytes of anonymous memory that are resident: what it has allocated and touched.
+    ///
+    /// # Panics
+    /// When the system does not tell.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("a figure");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
     /// Waits for its end.
     ///
     /// # Panics

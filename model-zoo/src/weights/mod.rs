@@ -10,7 +10,7 @@ pub mod safetensors;
 
 use std::borrow::Cow;
 
-use candle_core::quantized::GgmlDType;
+pub use candle_core::quantized::GgmlDType;
 
 use crate::Result;
 

@@ -23,7 +23,7 @@ use crate::telemetry::MemoryGauges;
 /// Bytes of KV that a turn gives back at most.
 const KV_SLICE: usize = 32 << 20;
 /// Of the time of the step before it, what moving weights may take: one in so many parts.
-const STEP_SHARE: u32 = 4;
+const STEP_SHARE: u32 = 2;
 /// And between these bounds; the upper one is also that of an idle engine.
 const SLICE: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(20)];
 

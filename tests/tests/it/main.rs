@@ -3,6 +3,7 @@
 
 mod abuse;
 mod batching;
+mod bitstack;
 mod cancellation;
 mod clients;
 mod deploy;

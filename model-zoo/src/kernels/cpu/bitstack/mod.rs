@@ -18,6 +18,7 @@
 //! gets the same bits whatever else is in the call.
 
 mod columns;
+mod layout;
 mod product;
 mod reconstruct;
 mod signed;
@@ -29,6 +30,7 @@ pub use product::{Rows, StackProduct, matmul_many};
 
 use half::f16;
 
+use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::packed::GROUP;
 use crate::kernels::cpu::quantize::BLOCK;
 use crate::memory::Region;
@@ -146,7 +148,7 @@ impl Level {
         let mut region = Region::zeroed(shape.held_bytes())?;
         let [left_start, right_start, end] = shape.offsets();
         let (signs, rest) = region.bytes_mut()[..end].split_at_mut(left_start);
-        lay_signs(shape, parts.signs, bytemuck::cast_slice_mut(signs));
+        layout::lay_signs(Isa::detect(), (shape, parts.signs), bytemuck::cast_slice_mut(signs));
         let (left, right) = rest.split_at_mut(right_start - left_start);
         let left: &mut [u16] = bytemuck::cast_slice_mut(left);
         for (row, values) in parts.left.chunks_exact(rank).enumerate() {
@@ -192,45 +194,6 @@ impl Level {
             rank: self.shape.rank,
             signs: &all_signs[group * signs..(group + 1) * signs],
             left: &all_left[group * left..(group + 1) * left],
-        }
-    }
-}
-
-/// From rows of bits to groups of rows: in squares of 16 rows by 64 columns, of which the nibbles are transposed.
-fn lay_signs(shape: LevelShape, from: &[u8], to: &mut [u64]) {
-    let (row_bytes, quads) = (shape.cols / 8, shape.cols / 4);
-    for (group, to) in to.chunks_exact_mut(quads).enumerate() {
-        let rows = GROUP.min(shape.rows - group * GROUP);
-        let from = &from[group * GROUP * row_bytes..][..rows * row_bytes];
-        for (index, to) in to.chunks_mut(16).enumerate() {
-            let mut square = [0u64; GROUP];
-            for (word, row) in square.iter_mut().zip(from.chunks_exact(row_bytes)) {
-                let mut bytes = [0u8; 8];
-                let part = &row[8 * index..row_bytes.min(8 * index + 8)];
-                bytes[..part.len()].copy_from_slice(part);
-                // Bit `i` of the word is column `i`.
-                *word = u64::from_be_bytes(bytes).reverse_bits();
-            }
-            transpose_nibbles(&mut square);
-            to.copy_from_slice(&square[..to.len()]);
-        }
-    }
-}
-
-/// Transposes sixteen words of sixteen nibbles, in squares of half the size each time.
-fn transpose_nibbles(words: &mut [u64; 16]) {
-    const LOW: [(usize, u64); 4] = [
-        (8, 0x0000_0000_FFFF_FFFF),
-        (4, 0x0000_FFFF_0000_FFFF),
-        (2, 0x00FF_00FF_00FF_00FF),
-        (1, 0x0F0F_0F0F_0F0F_0F0F),
-    ];
-    for (distance, mask) in LOW {
-        for low in (0..16).filter(|i| i & distance == 0) {
-            let high = low + distance;
-            let swapped = ((words[low] >> (4 * distance)) ^ words[high]) & mask;
-            words[high] ^= swapped;
-            words[low] ^= swapped << (4 * distance);
         }
     }
 }
