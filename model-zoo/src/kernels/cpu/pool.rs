@@ -337,7 +337,8 @@ mod tests {
                 let parts = Disjoint::new(&mut out);
                 pool.run(chunks, |i| {
                     // SAFETY: a part belongs to one chunk.
-                    unsafe { parts.part(i, 1) }[0] += canary.load(Ordering::Relaxed) + i;
+                    let part = unsafe { parts.part(i, 1) };
+                    part[0] += canary.load(Ordering::Relaxed) + i;
                 });
             }
             assert!(out.iter().enumerate().all(|(i, v)| *v == round + i), "{round}: {out:?}");
@@ -356,7 +357,7 @@ mod tests {
     #[test]
     fn a_region_ends_without_a_worker_that_never_comes() {
         let mut pool = Pool::new(1);
-        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (release, released) = std::sync::mpsc::sync_channel::<()>(1);
         pool.workers.push(std::thread::spawn(move || _ = released.recv()));
         let sum = AtomicUsize::new(0);
         for _ in 0..10 {
