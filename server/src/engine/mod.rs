@@ -4,6 +4,7 @@
 //! send events. Only this thread touches the device.
 
 mod detokenizer;
+mod events;
 mod memory;
 mod run;
 mod sampler;
@@ -14,6 +15,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use events::{EventReceiver, EventSender};
 pub use stream::{Guard, TokenStream};
 
 use std::io;
@@ -26,7 +28,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Error, ErrorKind};
 use crate::memory::{MemoryStatus, MemoryTargets};
-use crate::request::{GenerateRequest, TokenEvent};
+use crate::request::GenerateRequest;
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
 
@@ -40,8 +42,8 @@ pub enum Command {
     Generate {
         /// The validated request.
         request: GenerateRequest,
-        /// Holds every event that the request can cause, so that sending never blocks.
-        events: mpsc::Sender<TokenEvent>,
+        /// Where its events go. Sending never blocks.
+        events: EventSender,
     },
     /// End the request of this id with [`crate::request::FinishReason::Abort`].
     Abort {
@@ -107,7 +109,7 @@ impl EngineHandle {
     /// [`ErrorKind::Overloaded`] when the command channel is full, [`ErrorKind::Unavailable`] when the
     /// engine has stopped.
     pub fn generate(&self, request: GenerateRequest, guard: Guard) -> Result<TokenStream, Error> {
-        let (sender, receiver) = mpsc::channel(TokenStream::capacity(&request));
+        let (sender, receiver) = events::channel();
         let command = Command::Generate { request, events: sender };
         self.send(command)?;
         Ok(TokenStream::new(receiver, guard))

@@ -11,6 +11,7 @@ use model_zoo::vision::PromptImage;
 use tokio::sync::mpsc;
 
 use super::Command;
+use super::events::EventSender;
 use super::memory::{Budgets, Pin};
 use super::sequence::{Choice, Live, Shared};
 use crate::error::{Error, ErrorKind};
@@ -97,7 +98,7 @@ impl Engine {
     }
 
     /// Queues every choice of a request, or none.
-    fn add(&mut self, request: GenerateRequest, events: mpsc::Sender<TokenEvent>) {
+    fn add(&mut self, request: GenerateRequest, events: EventSender) {
         let live = Arc::new(Live::new(request, events));
         let group = self.next_group;
         self.next_group += 1;

@@ -6,9 +6,9 @@ use std::time::Instant;
 use model_zoo::compression::RowState;
 use model_zoo::kv_cache::KvLayout;
 use model_zoo::tokenizer::Tokenizer;
-use tokio::sync::mpsc;
 
 use super::detokenizer::Detokenizer;
+use super::events::EventSender;
 use super::sampler::Sampler;
 use super::stop::{Released, StopMatcher};
 use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, Served, TokenEvent, TokenLogprob, Work};
@@ -18,37 +18,36 @@ use crate::telemetry::{CompressionSample, Metrics, SequenceTimings};
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) request: GenerateRequest,
-    events: mpsc::Sender<TokenEvent>,
+    events: EventSender,
     arrived: Instant,
     /// What siblings of the choice that scores the prompt sent before the scores, which come first.
     held: Mutex<Option<Vec<TokenEvent>>>,
 }
 
 impl Live {
-    pub(super) fn new(request: GenerateRequest, events: mpsc::Sender<TokenEvent>) -> Self {
+    pub(super) fn new(request: GenerateRequest, events: EventSender) -> Self {
         let held = Mutex::new(request.prompt_logprobs.then(Vec::new));
         Self { request, events, arrived: Instant::now(), held }
     }
 
     /// The client went away: nobody will read what the request produces.
     pub(super) fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+        self.events.is_cancelled()
     }
 
-    /// The channel holds every event that the request can cause, so that this fails only when nobody
-    /// listens any more.
+    /// Hands an event to whoever answers the client.
     pub(super) fn send(&self, event: TokenEvent) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         match (&mut *held, &event) {
             (Some(waiting), TokenEvent::Delta { .. } | TokenEvent::Finished { .. }) => waiting.push(event),
             (_, TokenEvent::Failed(_)) => {
                 *held = None;
-                let _ = self.events.try_send(event);
+                self.events.send(event);
             }
             _ => {
                 let waiting = held.take().unwrap_or_default();
                 for event in std::iter::once(event).chain(waiting) {
-                    let _ = self.events.try_send(event);
+                    self.events.send(event);
                 }
             }
         }
@@ -58,7 +57,7 @@ impl Live {
     fn release(&self) {
         let waiting = self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
         for event in waiting.into_iter().flatten() {
-            let _ = self.events.try_send(event);
+            self.events.send(event);
         }
     }
 }
@@ -143,6 +142,9 @@ impl Choice {
     pub(super) fn runs(&mut self, cached: usize) {
         if self.clock.started.is_none() {
             self.clock.started = Some(Instant::now());
+            if let Some(place) = &self.live.request.queued {
+                place.leave();
+            }
             self.cached_tokens = cached;
             let prompt = self.live.request.prompt.len();
             let queried = if self.prompt_logprobs.is_some() { 0 } else { prompt };

@@ -3,17 +3,17 @@
 //! An endpoint only says how it shows an event ([`Render`]); a whole response is the merge of the chunks
 //! that a stream would have sent.
 
-use std::convert::Infallible;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::task::{Context, Poll};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::http::{HeaderMap, HeaderValue};
-use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, SelectAll, StreamExt};
 use serde::Serialize;
 
 use super::error::ErrorBody;
+use super::sse::{self, Frame, Source};
 use super::types::response::{Envelope, Usage};
 use crate::error::{Error, ErrorKind};
 use crate::request::{FinishReason, TokenEvent, TokenLogprob};
@@ -22,11 +22,9 @@ use crate::service::Admitted;
 pub(super) const REQUEST_ID: &str = "x-request-id";
 const PROFILE: &str = "x-rheostat-profile";
 pub(super) const MAX_REQUEST_ID: usize = 128;
-/// A comment this often keeps proxies from closing a stream that waits for its turn.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// How an endpoint shows events. A slot is a choice of a prompt: `prompt · n + choice`.
-pub(super) trait Render: Send + 'static {
+pub(super) trait Render: Send + Unpin + 'static {
     /// The endpoint's choice, whole or a chunk of it.
     type Choice: Serialize + Send + 'static;
     /// `object` of a whole response.
@@ -118,32 +116,67 @@ impl<R: Render> Generation<R> {
     /// Answers as server-sent events, as they come.
     pub(super) fn stream(self, include_usage: bool) -> Response {
         let id = self.id.clone();
-        let mut running = self.run();
+        let running = self.run();
         // Chunks before the last say that the usage is still to come, when it was asked for.
         let pending = include_usage.then_some(None);
-        let opening = running.open();
-        let opening: Vec<Event> =
-            opening.into_iter().map(|chunk| running.event(chunk, pending.clone())).collect();
-        let rest = stream::unfold(Some(running), move |running| {
-            let pending = pending.clone();
-            async move {
-                let mut running = running?;
-                let Some((prompt, event)) = running.events.next().await else {
-                    return Some((running.last(include_usage), None));
-                };
-                match running.show(prompt, event) {
-                    Ok(chunks) => {
-                        let events =
-                            chunks.into_iter().map(|chunk| running.event(chunk, pending.clone())).collect();
-                        Some((events, Some(running)))
-                    }
-                    Err(error) => Some((vec![json_event(&ErrorBody::new(error)), done()], None)),
+        let frame = Frame::of(&running.envelope(R::CHUNK, Vec::new(), pending), "choices");
+        with_id(&id, sse::response(Chunks { running, frame, include_usage, stage: Stage::Opening }))
+    }
+}
+
+/// The chunks of a stream.
+struct Chunks<R> {
+    running: Running<R>,
+    frame: Frame,
+    include_usage: bool,
+    stage: Stage,
+}
+
+/// How far a stream has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Opening,
+    Events,
+    Ended,
+}
+
+impl<R: Render> Source for Chunks<R> {
+    fn poll_write(&mut self, cx: &mut Context<'_>, out: &mut Vec<u8>) -> Poll<bool> {
+        match self.stage {
+            Stage::Opening => {
+                self.stage = Stage::Events;
+                for (_, chunk) in self.running.open() {
+                    self.frame.write(out, &chunk);
                 }
             }
-        });
-        let events = stream::iter([opening]).chain(rest).flat_map(stream::iter).map(Ok::<_, Infallible>);
-        let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
-        with_id(&id, Sse::new(events).keep_alive(keep_alive).into_response())
+            Stage::Events => match std::task::ready!(self.running.events.poll_next_unpin(cx)) {
+                Some((prompt, event)) => match self.running.show(prompt, event) {
+                    Ok(chunks) => chunks.iter().for_each(|(_, chunk)| self.frame.write(out, chunk)),
+                    Err(error) => {
+                        sse::json(out, &ErrorBody::new(error));
+                        self.end(out);
+                    }
+                },
+                None => {
+                    if self.include_usage {
+                        let usage = Some(Some(self.running.usage.clone()));
+                        sse::json(out, &self.running.envelope(R::CHUNK, Vec::new(), usage));
+                    }
+                    self.end(out);
+                }
+            },
+            Stage::Ended => return Poll::Ready(false),
+        }
+        Poll::Ready(true)
+    }
+}
+
+impl<R> Chunks<R> {
+    /// Nothing follows, and what was running is dropped with its place among the live requests.
+    fn end(&mut self, out: &mut Vec<u8>) {
+        sse::text(out, "[DONE]");
+        self.running.events.clear();
+        self.stage = Stage::Ended;
     }
 }
 
@@ -185,24 +218,6 @@ impl<R: Render> Running<R> {
             usage,
         }
     }
-
-    fn event(&self, (_, chunk): (usize, R::Choice), usage: Option<Option<Usage>>) -> Event {
-        json_event(&self.envelope(R::CHUNK, vec![chunk], usage))
-    }
-
-    fn last(&self, include_usage: bool) -> Vec<Event> {
-        let usage = include_usage
-            .then(|| json_event(&self.envelope(R::CHUNK, Vec::new(), Some(Some(self.usage.clone())))));
-        usage.into_iter().chain([done()]).collect()
-    }
-}
-
-fn json_event(body: &impl Serialize) -> Event {
-    Event::default().json_data(body).unwrap_or_else(|_| Event::default().data("{}"))
-}
-
-fn done() -> Event {
-    Event::default().data("[DONE]")
 }
 
 fn with_id(id: &str, mut response: Response) -> Response {

@@ -74,7 +74,7 @@ fn a_cached_prefix_changes_the_count_and_not_the_text() {
         let mut events = bench.submit(&request);
         bench.finish();
         let mut all = Received::default();
-        while let Ok(event) = events.try_recv() {
+        while let Some(event) = events.try_next() {
             if let TokenEvent::Finished { usage, .. } = &event {
                 assert_eq!((usage.prompt_tokens, usage.cached_tokens), (23, cached));
             }
@@ -87,6 +87,6 @@ fn a_cached_prefix_changes_the_count_and_not_the_text() {
     let salted = GenerateRequest { cache_salt: 1, ..request };
     let mut events = bench.submit(&salted);
     bench.finish();
-    let last = std::iter::from_fn(|| events.try_recv().ok()).last();
+    let last = std::iter::from_fn(|| events.try_next()).last();
     assert!(matches!(last, Some(TokenEvent::Finished { usage, .. }) if usage.cached_tokens == 0));
 }

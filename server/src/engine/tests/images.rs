@@ -72,7 +72,7 @@ fn the_prefix_cache_knows_images_by_what_they_show() {
     let cached_tokens = |bench: &mut Bench, request: &GenerateRequest| {
         let mut events = bench.submit(request);
         bench.finish();
-        match std::iter::from_fn(|| events.try_recv().ok()).last() {
+        match std::iter::from_fn(|| events.try_next()).last() {
             Some(TokenEvent::Finished { usage, .. }) => usage.cached_tokens,
             other => panic!("{other:?} is not a choice's end"),
         }

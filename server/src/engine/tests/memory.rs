@@ -44,9 +44,9 @@ impl Bench {
 }
 
 /// What a request sent, and the parts of its first choice.
-fn parts(events: &mut mpsc::Receiver<TokenEvent>) -> (Vec<u32>, Vec<Served>, usize) {
+fn parts(events: &mut EventReceiver) -> (Vec<u32>, Vec<Served>, usize) {
     let (mut tokens, mut served, mut moved_down) = (Vec::new(), Vec::new(), 0);
-    while let Ok(event) = events.try_recv() {
+    while let Some(event) = events.try_next() {
         match event {
             TokenEvent::Delta { tokens: more, .. } => tokens.extend(more.iter().map(|t| t.token)),
             TokenEvent::Finished { usage, .. } => (served, moved_down) = (usage.served, usage.moved_down),

@@ -14,11 +14,11 @@ use model_zoo::compression::Plan;
 use model_zoo::models::CausalLm;
 use model_zoo::models::toy::{ToyModel, ToyOptions};
 use model_zoo::tokenizer::Tokenizer;
-use tokio::sync::mpsc;
 
+use super::Command;
+use super::events::{self, EventReceiver};
 use super::run::Engine;
 use super::sequence::Shared;
-use super::{Command, TokenStream};
 use crate::error::Error;
 use crate::memory::MemoryTargets;
 use crate::request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprob};
@@ -106,8 +106,8 @@ impl Bench {
         Self { engine, metrics }
     }
 
-    fn submit(&mut self, request: &GenerateRequest) -> mpsc::Receiver<TokenEvent> {
-        let (events, receiver) = mpsc::channel(TokenStream::capacity(request));
+    fn submit(&mut self, request: &GenerateRequest) -> EventReceiver {
+        let (events, receiver) = events::channel();
         self.engine.take(Command::Generate { request: request.clone(), events });
         receiver
     }
@@ -131,9 +131,9 @@ impl Bench {
 }
 
 /// Everything that has come so far.
-fn received(events: &mut mpsc::Receiver<TokenEvent>) -> Received {
+fn received(events: &mut EventReceiver) -> Received {
     let mut all = Received::default();
-    while let Ok(event) = events.try_recv() {
+    while let Some(event) = events.try_next() {
         all.add(event);
     }
     all
@@ -161,6 +161,7 @@ fn request(prompt: &str) -> GenerateRequest {
         profile: "dense".into(),
         cache_salt: 0,
         charge: None,
+        queued: None,
         span: None,
     }
 }
