@@ -17,6 +17,7 @@ use model_zoo::compression::Offer;
 use crate::cli::offer;
 use crate::config::Config;
 use crate::config::options::Options;
+use crate::governor::Front;
 use crate::memory::MemoryTargets;
 use crate::service::Service;
 use crate::telemetry::Metrics;
@@ -50,11 +51,12 @@ type Change = BoxFuture<'static, Result<(), String>>;
 type Applier = fn(&Running, &Config, &Config) -> Result<Option<Change>, String>;
 
 /// What can change on a running server.
-const APPLIERS: [(&str, Applier); 6] = [
+const APPLIERS: [(&str, Applier); 7] = [
     ("memory", memory),
     ("limits", limits),
     ("log.filter", log_filter),
     ("profiles", profiles),
+    ("targets", targets),
     ("keys", keys),
     ("tls", tls),
 ];
@@ -62,7 +64,7 @@ const APPLIERS: [(&str, Applier); 6] = [
 type Key = fn(&Config) -> Box<dyn Debug>;
 
 /// What needs a restart.
-const FIXED: [(&str, Key); 15] = [
+const FIXED: [(&str, Key); 14] = [
     ("server.model", |c| Box::new(c.model.clone())),
     ("server.cache", |c| Box::new(c.cache.clone())),
     ("server.catalogue", |c| Box::new(c.catalogue.clone())),
@@ -75,7 +77,6 @@ const FIXED: [(&str, Key); 15] = [
         let lengths = (engine.max_num_batched_tokens, engine.max_model_len, engine.block_size);
         Box::new((engine.max_num_seqs, lengths, engine.prefix_caching))
     }),
-    ("governor", |c| Box::new(c.governor)),
     ("images", |c| Box::new(c.images.clone())),
     ("compression.calibration", |c| Box::new(c.calibration.clone())),
     ("metrics.compat", |c| Box::new(c.metrics_compat)),
@@ -183,6 +184,22 @@ fn limits(running: &Running, old: &Config, new: &Config) -> Result<Option<Change
         service.set_limits(limits);
         Ok(())
     })))
+}
+
+/// Without a calibrated front there is no governor, and nothing that targets could change.
+fn targets(running: &Running, old: &Config, new: &Config) -> Result<Option<Change>, String> {
+    let Some(governor) = running.service.governor().filter(|_| old.governor != new.governor) else {
+        return Ok(None);
+    };
+    let model = running.service.model();
+    let front = Front::of(&model.offer.get(), &model.dims, new.governor.max_perplexity_increase);
+    let (governor, policy) = (Arc::clone(governor), new.governor.policy);
+    Ok(front.map(|front| -> Change {
+        Box::pin(async move {
+            governor.set(front, policy);
+            Ok(())
+        })
+    }))
 }
 
 fn log_filter(running: &Running, old: &Config, new: &Config) -> Result<Option<Change>, String> {

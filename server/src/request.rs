@@ -6,6 +6,7 @@ use std::sync::Arc;
 use model_zoo::compression::{Plan, VisualUse};
 use model_zoo::vision::PromptImage;
 
+use crate::admission::QueuePlace;
 use crate::auth::{Charge, Client};
 use crate::traces::{GenerationSpan, Trace};
 
@@ -188,6 +189,8 @@ pub struct GenerateRequest {
     pub cache_salt: u64,
     /// What it was charged to its API key, corrected when the last holder drops it.
     pub charge: Option<Arc<Charge>>,
+    /// Its place among the waiting, until its first step.
+    pub queued: Option<Arc<QueuePlace>>,
     /// Its span, when its call is recorded.
     pub span: Option<Arc<GenerationSpan>>,
 }

@@ -132,7 +132,10 @@ pub async fn run_controlled(
         // An error means that the sender is gone: the server stops then, too.
         let _ = stopping.wait_for(|stop| *stop).await;
     };
-    let transport = |listener| Transport::new(listener, config.http.max_connections, tls.clone());
+    let transport = |listener| {
+        Transport::new(listener, config.http.max_connections, tls.clone())
+            .with_write_timeout(config.http.write_timeout)
+    };
     let http = tokio::spawn(http::serve(
         transport(listeners.http),
         http::AppState::new(service.clone(), Arc::clone(&metrics), tracer.clone(), &config.http),

@@ -7,6 +7,8 @@ use crate::error::{Error, ErrorKind};
 pub struct Limits {
     /// Requests that are queued or running at once.
     pub max_concurrent_requests: usize,
+    /// Requests of those that have not had their first step.
+    pub max_queued_requests: usize,
     /// Choices of a request.
     pub max_n: usize,
     /// Tokens that all choices of a request may generate together.
@@ -33,6 +35,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_concurrent_requests: 512,
+            max_queued_requests: usize::MAX,
             max_n: 128,
             max_total_tokens: 1 << 20,
             max_stop_texts: 16,

@@ -1,12 +1,13 @@
 //! The requests that are live: their ids and their permits. The one concurrent map.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::limits::Limits;
 use crate::error::{Error, ErrorKind};
 use crate::request::Caller;
 
@@ -27,11 +28,37 @@ pub struct LiveRequests {
 struct Seats {
     capacity: AtomicUsize,
     taken: AtomicUsize,
+    /// How many may wait, and how many do.
+    queue: AtomicUsize,
+    queued: AtomicUsize,
 }
 
 /// One of them; free again when it is dropped.
 #[derive(Debug)]
 struct Seat(Arc<Seats>);
+
+/// A request's place among those that wait for their first step. It leaves the queue once, when it has that step or
+/// when its last holder drops it.
+#[derive(Debug)]
+pub struct QueuePlace {
+    seats: Arc<Seats>,
+    is_left: AtomicBool,
+}
+
+impl QueuePlace {
+    /// The request has its first step: somebody else may wait.
+    pub fn leave(&self) {
+        if !self.is_left.swap(true, Ordering::Relaxed) {
+            self.seats.queued.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for QueuePlace {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
 
 impl Seats {
     fn take(self: &Arc<Self>) -> Result<Seat, Error> {
@@ -39,6 +66,17 @@ impl Seats {
         let more = |taken| (taken < capacity).then_some(taken + 1);
         let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
         taken.map(|_| Seat(Arc::clone(self))).map_err(|_| full(capacity))
+    }
+
+    fn wait(self: &Arc<Self>) -> Result<QueuePlace, Error> {
+        let room = self.queue.load(Ordering::Relaxed);
+        let more = |queued| (queued < room).then_some(queued + 1);
+        let queued = self.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        let place = || QueuePlace { seats: Arc::clone(self), is_left: AtomicBool::new(false) };
+        queued.map(|_| place()).map_err(|_| {
+            let message = format!("{room} requests wait for their turn, which is the limit; retry later");
+            Error::new(ErrorKind::Overloaded, message)
+        })
     }
 }
 
@@ -63,9 +101,14 @@ pub(super) struct LiveGuard {
 }
 
 impl LiveRequests {
-    /// Room for `capacity` requests.
-    pub(super) fn new(capacity: usize) -> Self {
-        let seats = Seats { capacity: AtomicUsize::new(capacity.max(1)), taken: AtomicUsize::new(0) };
+    /// Room for as many requests as `limits` say.
+    pub(super) fn new(limits: &Limits) -> Self {
+        let seats = Seats {
+            capacity: AtomicUsize::new(limits.max_concurrent_requests.max(1)),
+            taken: AtomicUsize::new(0),
+            queue: AtomicUsize::new(limits.max_queued_requests.max(1)),
+            queued: AtomicUsize::new(0),
+        };
         Self {
             ids: Arc::default(),
             permits: Arc::new(Semaphore::new(PERMITS as usize)),
@@ -73,9 +116,19 @@ impl LiveRequests {
         }
     }
 
-    /// Lets `capacity` requests be live at once. Those that are live already stay, even if they are more.
-    pub(super) fn set_capacity(&self, capacity: usize) {
-        self.seats.capacity.store(capacity.max(1), Ordering::Relaxed);
+    /// Lets as many requests be live, and wait, as `limits` say. Those that are live already stay, even if they are
+    /// more.
+    pub(super) fn set_capacity(&self, limits: &Limits) {
+        self.seats.capacity.store(limits.max_concurrent_requests.max(1), Ordering::Relaxed);
+        self.seats.queue.store(limits.max_queued_requests.max(1), Ordering::Relaxed);
+    }
+
+    /// Takes a place in the queue.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Overloaded`] when the queue is full.
+    pub(super) fn queue(&self) -> Result<QueuePlace, Error> {
+        self.seats.wait()
     }
 
     /// Takes a permit and the id, or makes an id when it is empty.

@@ -8,7 +8,7 @@ mod prompt;
 mod validate;
 
 pub use limits::Limits;
-pub use live::LiveRequests;
+pub use live::{LiveRequests, QueuePlace};
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ pub struct Admission {
 impl Admission {
     /// Admission for `model`, which sees `images` or does not, within `limits`.
     pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, images: Images, limits: Limits) -> Self {
-        let live = LiveRequests::new(limits.max_concurrent_requests);
+        let live = LiveRequests::new(&limits);
         let prompts = prompt::PromptEncoder::new(tokenizer, images.token());
         Self { model, prompts, images, limits: limits.into(), live, governor: None }
     }
@@ -56,7 +56,7 @@ impl Admission {
 
     /// Bounds requests by `limits` from now on; those that are live already stay.
     pub fn set_limits(&self, limits: Limits) {
-        self.live.set_capacity(limits.max_concurrent_requests);
+        self.live.set_capacity(&limits);
         self.limits.set(limits);
     }
 
@@ -69,7 +69,7 @@ impl Admission {
     ///
     /// # Errors
     /// The client's mistakes, named; [`ErrorKind::RateLimited`] when it is over a limit of its API key;
-    /// [`ErrorKind::Overloaded`] when every permit is taken.
+    /// [`ErrorKind::Overloaded`] when every permit is taken or the queue is full.
     pub async fn admit(&self, raw: RawRequest) -> Result<(GenerateRequest, Guard), Error> {
         self.model.check_name(&raw.model)?;
         let limits = self.limits.get();
@@ -79,6 +79,7 @@ impl Admission {
         validate::prompt_size(&raw.prompt, &limits)?;
         let client = raw.caller.client.as_ref();
         let place = client.map(Client::enter).transpose()?;
+        let queued = self.live.queue()?;
         let guard = self.live.enter(&raw.id, &raw.caller)?;
         let is_chat = matches!(raw.prompt, Prompt::Chat(_));
         let mut prompt = raw.prompt;
@@ -117,6 +118,7 @@ impl Admission {
             profile: profile(&compression).into(),
             cache_salt: salt(&raw.cache_salt),
             charge,
+            queued: Some(Arc::new(queued)),
             span: None,
         };
         Ok((request, Box::new((guard, place, shown.room))))
@@ -127,7 +129,7 @@ impl Admission {
         if let Some(governor) = &self.governor
             && options.profile.as_deref() == Some(registry::AUTO)
         {
-            options.profile = Some(governor.choose().to_owned());
+            options.profile = Some(governor.choose());
         }
         options
     }

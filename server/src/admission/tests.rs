@@ -1,3 +1,4 @@
+use futures_util::FutureExt;
 use model_zoo::compression::Offer;
 use model_zoo::models::ModelDims;
 
@@ -148,6 +149,27 @@ async fn ids_and_permits_are_held_as_long_as_the_guard() {
     assert!(admission.admit(named("a")).await.is_ok());
     drop(second);
     admission.live().drained().await;
+}
+
+#[tokio::test]
+async fn the_queue_has_a_limit_of_its_own_until_requests_run() {
+    let admission = admission(9);
+    admission.set_limits(Limits { max_queued_requests: 2, ..Limits::default() });
+    let (first, _one) = admission.admit(request()).await.expect("room");
+    let (second, two) = admission.admit(request()).await.expect("room");
+    let Err(refused) = admission.admit(request()).await else { panic!("two wait") };
+    assert_eq!((refused.kind, refused.kind.retry_after_s()), (ErrorKind::Overloaded, Some(1)));
+    assert!(refused.message.contains("2 requests wait"), "{}", refused.message);
+    // One runs, and a second time after a preemption: one place is free, and no more.
+    let place = first.queued.as_ref().expect("a place");
+    place.leave();
+    place.leave();
+    let (_third, _three) = admission.admit(request()).await.expect("room again");
+    assert!(admission.admit(request()).await.is_err());
+    // One goes away while it waits.
+    drop((second, two));
+    assert!(admission.admit(request()).await.is_ok());
+    assert!(admission.live().drained().now_or_never().is_none(), "the first and the third still live");
 }
 
 #[tokio::test]

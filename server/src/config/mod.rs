@@ -16,7 +16,7 @@ use bytes::ByteSize;
 pub use governor::GovernorConfig;
 use hosts::HostList;
 use model_zoo::compression::CompressionOptions;
-use options::{ImageOptions, Options};
+use options::{ImageOptions, LimitOptions, Options};
 
 use crate::admission::Limits;
 use crate::auth::KeyConfig;
@@ -26,7 +26,7 @@ use crate::memory::{MemoryTargets, machine_memory};
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 use crate::traces::TraceConfig;
-use crate::transport::TlsConfig;
+use crate::transport::{TlsConfig, WRITE_TIMEOUT};
 
 /// A configuration that the server can run with.
 #[derive(Debug, Clone)]
@@ -82,6 +82,8 @@ pub struct HttpConfig {
     pub metrics_need_key: bool,
     /// How long a client may take to send a request's headers.
     pub header_timeout: Duration,
+    /// How long a client may leave what is sent to it unread; of gRPC too.
+    pub write_timeout: Duration,
 }
 
 /// The engine.
@@ -144,7 +146,6 @@ impl Config {
             keys,
             config: _,
         } = options;
-        let defaults = Limits::default();
         let config = Self {
             model: server.model.unwrap_or_else(|| "smollm2-135m".into()),
             cache: server.cache,
@@ -155,6 +156,7 @@ impl Config {
                 max_connections: http.max_connections.unwrap_or(10_240),
                 metrics_need_key: http.metrics_need_key.unwrap_or(false),
                 header_timeout: Duration::from_secs(http.header_timeout_seconds.unwrap_or(15)),
+                write_timeout: http.write_timeout_seconds.map_or(WRITE_TIMEOUT, Duration::from_secs),
             },
             grpc: grpc.address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 50051))),
             tls: tls.config().map_err(ConfigError)?,
@@ -169,19 +171,7 @@ impl Config {
                 kv_bytes: memory.kv.map_or_else(default_kv, ByteSize::bytes),
                 weight_bytes: memory.weights.map(ByteSize::bytes),
             },
-            limits: Limits {
-                max_concurrent_requests: limits
-                    .max_concurrent_requests
-                    .unwrap_or(defaults.max_concurrent_requests),
-                max_n: limits.max_n.unwrap_or(defaults.max_n),
-                max_total_tokens: limits.max_total_tokens.unwrap_or(defaults.max_total_tokens),
-                max_stop_texts: limits.max_stop_texts.unwrap_or(defaults.max_stop_texts),
-                max_logprobs: limits.max_logprobs.unwrap_or(defaults.max_logprobs),
-                max_prompt_bytes: limits
-                    .max_prompt_bytes
-                    .map_or(defaults.max_prompt_bytes, |size| size.bytes() as usize),
-                ..defaults
-            },
+            limits: request_limits(limits),
             images: image_limits(images),
             drain: Duration::from_secs(server.drain_seconds.unwrap_or(30)),
             calibration: compression.calibration,
@@ -217,6 +207,11 @@ impl Config {
                 self.limits.max_concurrent_requests == 0,
                 "limits.max_concurrent_requests must be at least 1".into(),
             ),
+            (
+                self.limits.max_queued_requests == 0,
+                "limits.max_queued_requests must be at least 1: every request waits for a step".into(),
+            ),
+            (self.http.write_timeout.is_zero(), "http.write_timeout_seconds must be at least 1".into()),
             (self.limits.max_n == 0, "limits.max_n must be at least 1".into()),
             (self.http.max_body < 1024, "http.max_body must be at least 1KiB".into()),
             (self.http.max_connections == 0, "http.max_connections must be at least 1".into()),
@@ -243,6 +238,22 @@ impl Config {
             Some((_, sentence)) => Err(ConfigError(sentence)),
             None => Ok(()),
         }
+    }
+}
+
+fn request_limits(options: LimitOptions) -> Limits {
+    let defaults = Limits::default();
+    Limits {
+        max_concurrent_requests: options.max_concurrent_requests.unwrap_or(defaults.max_concurrent_requests),
+        max_queued_requests: options.max_queued_requests.unwrap_or(defaults.max_queued_requests),
+        max_n: options.max_n.unwrap_or(defaults.max_n),
+        max_total_tokens: options.max_total_tokens.unwrap_or(defaults.max_total_tokens),
+        max_stop_texts: options.max_stop_texts.unwrap_or(defaults.max_stop_texts),
+        max_logprobs: options.max_logprobs.unwrap_or(defaults.max_logprobs),
+        max_prompt_bytes: options
+            .max_prompt_bytes
+            .map_or(defaults.max_prompt_bytes, |size| size.bytes() as usize),
+        ..defaults
     }
 }
 

@@ -63,6 +63,8 @@ section! {
         metrics_need_key: bool = "http-metrics-need-key", "RHEOSTAT_HTTP_METRICS_NEED_KEY";
         /// Seconds that a client may take to send a request's headers [default: 15]
         header_timeout_seconds: u64 = "http-header-timeout-seconds", "RHEOSTAT_HTTP_HEADER_TIMEOUT_SECONDS";
+        /// Seconds that a client may leave what is sent to it unread, of HTTP and gRPC [default: 60]
+        write_timeout_seconds: u64 = "http-write-timeout-seconds", "RHEOSTAT_HTTP_WRITE_TIMEOUT_SECONDS";
     }
 }
 
@@ -130,6 +132,8 @@ section! {
     LimitOptions {
         /// Requests that are queued or running at once; more are refused with 503 [default: 512]
         max_concurrent_requests: usize = "max-concurrent-requests", "RHEOSTAT_MAX_CONCURRENT_REQUESTS";
+        /// Requests of those that wait for their first step; more are refused with 503 [default: no limit of its own]
+        max_queued_requests: usize = "max-queued-requests", "RHEOSTAT_MAX_QUEUED_REQUESTS";
         /// Choices (`n`) of a request [default: 128]
         max_n: usize = "max-n", "RHEOSTAT_MAX_N";
         /// Tokens that all choices of a request may generate together [default: 1048576]

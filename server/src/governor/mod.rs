@@ -10,8 +10,7 @@ pub mod policy;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 pub use front::{Front, Point};
@@ -32,11 +31,24 @@ pub type PowerGauge = Box<dyn Fn() -> Option<f64> + Send + Sync>;
 
 /// The chosen point, and what it is chosen by.
 pub struct Governor {
-    front: Front,
-    policy: Policy,
-    chosen: AtomicUsize,
+    now: RwLock<Chosen>,
     power: Option<PowerGauge>,
     metrics: Arc<Metrics>,
+}
+
+/// What it chooses from and by, and the index of what is chosen.
+#[derive(Debug, Clone)]
+struct Chosen {
+    front: Arc<Front>,
+    policy: Policy,
+    point: usize,
+}
+
+impl Chosen {
+    fn point(&self) -> &Point {
+        // Set from this front alone.
+        &self.front.points()[self.point]
+    }
 }
 
 impl Governor {
@@ -46,21 +58,39 @@ impl Governor {
         for reason in policy::Reason::ALL {
             metrics.governor_moves(reason.as_str(), 0);
         }
-        let governor = Self { front, policy, chosen: AtomicUsize::new(0), power, metrics };
+        let now = RwLock::new(Chosen { front: Arc::new(front), policy, point: 0 });
+        let governor = Self { now, power, metrics };
         governor.report();
         governor
     }
 
     /// The profile of a request that is admitted now.
-    pub fn choose(&self) -> &str {
-        let name = &self.chosen().name;
-        self.metrics.governor_request(name);
+    pub fn choose(&self) -> String {
+        let name = self.now().point().name.clone();
+        self.metrics.governor_request(&name);
         name
     }
 
-    fn chosen(&self) -> &Point {
-        // Stored by `tick` alone, from this front.
-        &self.front.points()[self.chosen.load(Ordering::Relaxed)]
+    /// Chooses from `front` by `policy` from now on. What is chosen stays if the front has it, else it becomes the
+    /// costliest point that loses no more, so that a lower floor holds at once.
+    pub fn set(&self, front: Front, policy: Policy) {
+        {
+            let mut now = self.now.write().unwrap_or_else(PoisonError::into_inner);
+            let before = now.point().clone();
+            for gone in now.front.points().iter().filter(|point| !front.points().contains(point)) {
+                self.metrics.governor_point(&gone.name, false);
+            }
+            let points = front.points();
+            let same = points.iter().position(|point| point.name == before.name);
+            let loses_no_more = |point: &Point| point.perplexity_increase <= before.perplexity_increase;
+            let point = same.or_else(|| points.iter().rposition(loses_no_more)).unwrap_or(0);
+            *now = Chosen { front: Arc::new(front), policy, point };
+        }
+        self.report();
+    }
+
+    fn now(&self) -> Chosen {
+        self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Looks and decides, for ever.
@@ -95,44 +125,51 @@ impl Governor {
     }
 
     fn tick(&self, state: &State, seen: &Observed) -> State {
-        let (next, moved) = self.policy.decide(&self.front, state, seen);
+        let (front, next, moved) = {
+            let mut now = self.now.write().unwrap_or_else(PoisonError::into_inner);
+            // A reload may have put the choice elsewhere.
+            let mut state = *state;
+            state.point = now.point;
+            let (next, moved) = now.policy.decide(&now.front, &state, seen);
+            now.point = next.point;
+            (Arc::clone(&now.front), next, moved)
+        };
         if let Some(moved) = moved {
-            self.chosen.store(next.point, Ordering::Relaxed);
             self.metrics.governor_moves(moved.reason.as_str(), 1);
             self.report();
-            self.log(&moved, seen);
+            log(&front, &moved, seen);
         }
         next
     }
 
     fn report(&self) {
-        let chosen = self.chosen();
-        for point in self.front.points() {
-            self.metrics.governor_point(&point.name, point == chosen);
+        let now = self.now();
+        for point in now.front.points() {
+            self.metrics.governor_point(&point.name, point == now.point());
         }
-        self.metrics.governor_loss(chosen.perplexity_increase);
-    }
-
-    fn log(&self, moved: &Move, seen: &Observed) {
-        let [from, to] = [moved.from, moved.to].map(|index| &self.front.points()[index]);
-        tracing::info!(
-            from = from.name,
-            to = to.name,
-            reason = moved.reason.as_str(),
-            pressure = moved.pressure,
-            perplexity_increase = to.perplexity_increase,
-            ttft_ms = seen.ttft_ms,
-            tpot_ms = seen.tpot_ms,
-            waiting = seen.waiting,
-            kv_used = seen.kv_used,
-            watts = seen.watts,
-            "the governor moved"
-        );
+        self.metrics.governor_loss(now.point().perplexity_increase);
     }
 }
 
 impl std::fmt::Debug for Governor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Governor").field("chosen", &self.chosen().name).finish_non_exhaustive()
+        f.debug_struct("Governor").field("chosen", &self.now().point().name).finish_non_exhaustive()
     }
+}
+
+fn log(front: &Front, moved: &Move, seen: &Observed) {
+    let [from, to] = [moved.from, moved.to].map(|index| &front.points()[index]);
+    tracing::info!(
+        from = from.name,
+        to = to.name,
+        reason = moved.reason.as_str(),
+        pressure = moved.pressure,
+        perplexity_increase = to.perplexity_increase,
+        ttft_ms = seen.ttft_ms,
+        tpot_ms = seen.tpot_ms,
+        waiting = seen.waiting,
+        kv_used = seen.kv_used,
+        watts = seen.watts,
+        "the governor moved"
+    );
 }

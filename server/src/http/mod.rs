@@ -16,7 +16,9 @@ mod memory;
 mod models;
 mod openapi;
 mod server;
-
+mod sse;
+#[cfg(test)]
+mod tests;
 mod tokens;
 mod types;
 
@@ -39,7 +41,10 @@ use crate::traces::Tracer;
 
 /// What every handler sees.
 #[derive(Clone)]
-pub struct AppState {
+pub struct AppState(Arc<Parts>);
+
+/// Behind one pointer: every layer and handler of a request has a clone of its own.
+pub struct Parts {
     service: Service,
     metrics: Arc<Metrics>,
     tracer: Tracer,
@@ -49,7 +54,15 @@ pub struct AppState {
 impl AppState {
     /// State over a running service.
     pub fn new(service: Service, metrics: Arc<Metrics>, tracer: Tracer, limits: &HttpConfig) -> Self {
-        Self { service, metrics, tracer, limits: limits.clone() }
+        Self(Arc::new(Parts { service, metrics, tracer, limits: limits.clone() }))
+    }
+}
+
+impl std::ops::Deref for AppState {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
     }
 }
 

@@ -1,5 +1,6 @@
 //! Connections of both servers: accepted within a limit, with TLS where it is configured.
 
+mod stall;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -18,8 +19,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::server::TlsStream;
 
+use stall::Stall;
+
 /// How long a client may take to shake hands.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a client may leave what is sent to it unread, by default.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a failed accept: out of file descriptors, which does not change at once.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(10);
 
@@ -29,13 +34,20 @@ pub struct Transport {
     listener: TcpListener,
     permits: Arc<Semaphore>,
     tls: Option<Arc<Tls>>,
+    write_timeout: Duration,
 }
 
 impl Transport {
     /// At most `max_connections` at once from `listener`, with TLS when there is a `tls`.
     pub fn new(listener: TcpListener, max_connections: usize, tls: Option<Arc<Tls>>) -> Self {
         let permits = Semaphore::new(max_connections.min(Semaphore::MAX_PERMITS));
-        Self { listener, permits: Arc::new(permits), tls }
+        Self { listener, permits: Arc::new(permits), tls, write_timeout: WRITE_TIMEOUT }
+    }
+
+    /// Closes connections whose peer reads nothing of what is sent for so long.
+    #[must_use]
+    pub fn with_write_timeout(self, write_timeout: Duration) -> Self {
+        Self { write_timeout, ..self }
     }
 
     /// Where it listens.
@@ -55,7 +67,8 @@ impl Transport {
                 Ok((stream, _)) => {
                     // Tokens are small packets that must not wait for the next one.
                     let _ = stream.set_nodelay(true);
-                    return Incoming { stream, tls: self.tls.clone(), permit };
+                    let stall = Stall::new(self.write_timeout);
+                    return Incoming { stream, tls: self.tls.clone(), stall, permit };
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -70,6 +83,7 @@ impl Transport {
 pub(crate) struct Incoming {
     stream: TcpStream,
     tls: Option<Arc<Tls>>,
+    stall: Stall,
     permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -86,13 +100,14 @@ impl Incoming {
                 Io::Tls(Box::new(shaken.map_err(|_| io::ErrorKind::TimedOut)??))
             }
         };
-        Ok(Connection { io, _permit: self.permit })
+        Ok(Connection { io, stall: self.stall, _permit: self.permit })
     }
 }
 
 /// An open connection; its place among the allowed ones is free again when it is dropped.
 pub(crate) struct Connection {
     io: Io,
+    stall: Stall,
     _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -103,8 +118,8 @@ enum Io {
 
 /// Calls a method of whichever stream it is.
 macro_rules! either {
-    ($self:ident, $stream:ident => $call:expr) => {
-        match &mut $self.get_mut().io {
+    ($connection:ident, $stream:ident => $call:expr) => {
+        match &mut $connection.io {
             Io::Plain(stream) => {
                 let $stream = Pin::new(stream);
                 $call
@@ -123,13 +138,16 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        either!(self, stream => stream.poll_read(cx, buffer))
+        let this = self.get_mut();
+        either!(this, stream => stream.poll_read(cx, buffer))
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        either!(self, stream => stream.poll_write(cx, bytes))
+        let this = self.get_mut();
+        let written = either!(this, stream => stream.poll_write(cx, bytes));
+        this.stall.check(cx, written)
     }
 
     fn poll_write_vectored(
@@ -137,7 +155,9 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        either!(self, stream => stream.poll_write_vectored(cx, slices))
+        let this = self.get_mut();
+        let written = either!(this, stream => stream.poll_write_vectored(cx, slices));
+        this.stall.check(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -148,11 +168,15 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, stream => stream.poll_flush(cx))
+        let this = self.get_mut();
+        let flushed = either!(this, stream => stream.poll_flush(cx));
+        this.stall.check(cx, flushed)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, stream => stream.poll_shutdown(cx))
+        let this = self.get_mut();
+        let closed = either!(this, stream => stream.poll_shutdown(cx));
+        this.stall.check(cx, closed)
     }
 }
 

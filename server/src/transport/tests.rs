@@ -135,3 +135,33 @@ async fn connections_above_the_limit_wait() {
     drop(first);
     second.await.open().await.expect("there is room now");
 }
+
+/// The client's side of the connection is never read.
+#[tokio::test]
+async fn a_client_that_never_reads_is_let_go_and_one_that_is_slow_is_not() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let patience = Duration::from_millis(300);
+    let transport = Transport::new(listener, 2, None).with_write_timeout(patience);
+    let _deaf = TcpStream::connect(address).await.expect("connected");
+    let mut connection = transport.accept().await.open().await.expect("no handshake");
+    // More than any socket's buffers hold.
+    let much = vec![0u8; 64 << 20];
+    let begin = std::time::Instant::now();
+    let error = connection.write_all(&much).await.expect_err("nobody reads");
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    assert!(begin.elapsed() >= patience);
+
+    let mut slow = TcpStream::connect(address).await.expect("connected");
+    let mut connection = transport.accept().await.open().await.expect("no handshake");
+    let reader = tokio::spawn(async move {
+        let mut part = vec![0; 4 << 20];
+        let mut pauses = tokio::time::interval(Duration::from_millis(60));
+        for _ in 0..16 {
+            pauses.tick().await;
+            slow.read_exact(&mut part).await.expect("the connection stays");
+        }
+    });
+    connection.write_all(&much).await.expect("it is read in the end");
+    reader.await.expect("no panic");
+}

@@ -142,3 +142,31 @@ fn a_step_back_that_would_not_last_is_not_made() {
          => half",
     );
 }
+
+#[test]
+fn other_targets_hold_at_once_and_keep_the_choice_where_they_may() {
+    use crate::governor::{Front, Governor, Observed, Point, Policy};
+    use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
+    let point =
+        |name: &str, loss, work| Point { name: name.into(), perplexity_increase: loss, work, kv: 1.0 };
+    let front = |floor| Front::new(vec![point("mild", 0.05, 0.9), point("deep", 0.3, 0.5)], floor);
+    let policy = |tpot_ms| Policy { ttft_ms: 1000.0, tpot_ms, cap_watts: None, hold_s: 0.0, calm_s: 1000.0 };
+    let metrics = std::sync::Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
+    let governor = Governor::new(front(1.0), policy(50.0), None, std::sync::Arc::clone(&metrics));
+    let seen = |now_s| Observed { now_s, tpot_ms: Some(90.0), ..Observed::default() };
+    let state = governor.tick(&Default::default(), &seen(0.0));
+    assert_eq!(governor.choose(), "deep");
+    // A higher target: the choice stays until it is calm.
+    governor.set(front(1.0), policy(200.0));
+    assert_eq!(governor.choose(), "deep");
+    // A lower floor: the point is gone.
+    governor.set(front(0.1), policy(200.0));
+    assert_eq!(governor.choose(), "mild");
+    assert!(metrics.render().contains("rheostat_governor_profile{profile=\"deep\"} 0"));
+    // A state from before does not bring it back.
+    let state = governor.tick(&state, &seen(1.0));
+    assert_eq!((governor.choose().as_str(), state.point), ("mild", 1));
+    governor.set(front(0.0), policy(10.0));
+    governor.tick(&state, &seen(2.0));
+    assert_eq!(governor.choose(), "dense");
+}
