@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{compare, compression, engine, run};
+use crate::{compare, compression, connections, engine, overhead, run};
 
 /// Measures engines and servers.
 #[derive(Debug, Parser)]
@@ -45,6 +45,13 @@ enum Command {
         #[arg(long, default_value_t = 15)]
         rounds: usize,
     },
+    /// What the server adds to a model: time of a request and of a token with a model that does nothing
+    Overhead(overhead::Options),
+    /// What idle connections and clients that never read cost: memory, and the times of others
+    Connections(connections::Options),
+    /// The server that `overhead` measures; ends with its standard input
+    #[command(hide = true)]
+    StubServer(Box<overhead::stub::Options>),
 }
 
 /// Runs the command line and returns the process's exit status.
@@ -58,6 +65,9 @@ pub fn main() -> ExitCode {
         Command::Compression { model, threads, rounds } => {
             compression::measure(&model, threads, rounds).map_err(|e| e.to_string())
         }
+        Command::Overhead(options) => overhead::main(&options),
+        Command::Connections(options) => connections::main(&options),
+        Command::StubServer(options) => overhead::stub::main(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
