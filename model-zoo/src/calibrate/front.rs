@@ -5,14 +5,12 @@ use std::collections::BTreeMap;
 use crate::compression::CompressionOptions;
 use crate::compression::calibration::{FrontPoint, Tried};
 
-/// Plans that lose more are of use to nobody.
-const MOST: f64 = 1.0;
-
-/// The front of `tried`, without dense, by rising loss. Plans of `presets` have their names.
+/// The front of `tried`, without dense, by rising loss. How much loss is bearable is the operator's to say
+/// (`targets.max_perplexity_increase`). Plans of `presets` have their names.
 pub(super) fn choose(tried: &[Tried], presets: &BTreeMap<String, CompressionOptions>) -> Vec<FrontPoint> {
     let dense = Tried { layer_work: 1.0, kv: 1.0, ..Tried::default() };
     let is_cheaper = |tried: &&Tried| tried.layer_work < 1.0 || tried.kv < 1.0;
-    let within = || tried.iter().filter(|tried| tried.perplexity_increase <= MOST).filter(is_cheaper);
+    let within = || tried.iter().filter(is_cheaper);
     let is_beaten = |one: &Tried| within().chain([&dense]).any(|other| beats(other, one));
     let mut front: Vec<_> =
         within().filter(|tried| !is_beaten(tried)).map(|tried| point(tried, presets)).collect();
@@ -48,7 +46,10 @@ fn name(plan: &CompressionOptions) -> String {
         }
     }
     parts.extend(plan.think.map(|think| format!("think-{}", percent(think.ratio))));
-    parts.extend(plan.skip_decode.map(|skip| format!("depth-{}", skip.min_layers.unwrap_or_default())));
+    parts.extend(plan.skip_decode.map(|skip| {
+        let within = skip.horizon.map_or_else(String::new, |horizon| format!("-in-{horizon}"));
+        format!("depth-{}{within}", skip.min_layers.unwrap_or_default())
+    }));
     parts.extend(plan.ffn_skip.map(|skip| format!("ffn-skip-{}", percent(skip.target))));
     parts.join("-")
 }
@@ -76,10 +77,12 @@ mod tests {
             tried(0, 0.5, (0.01, 1.0, 0.9)),
             // Better than dense by chance, and no cheaper.
             tried(0, 0.1, (-0.002, 1.0, 1.0)),
-            tried(9, 0.0, (1.2, 0.5, 0.5)),
+            // Beyond bearing for most, and the cheapest there is.
+            tried(9, 0.0, (40.0, 0.5, 0.5)),
+            tried(9, 0.4, (41.0, 0.5, 0.5)),
         ];
         let presets = BTreeMap::from([("balanced".to_owned(), all[2].plan.clone())]);
         let names: Vec<_> = choose(&all, &presets).into_iter().map(|point| point.name).collect();
-        assert_eq!(names, ["balanced", "drop-4-think-50"]);
+        assert_eq!(names, ["balanced", "drop-4-think-50", "drop-9"]);
     }
 }

@@ -17,7 +17,7 @@ const PRESETS: [(&str, f64); 2] = [("balanced", 0.02), ("eco", 0.08)];
 /// KV slots in a page, for the share of KV.
 const BLOCK_SIZE: usize = 16;
 
-/// Plans to choose from: every method alone, and drops of both kinds together.
+/// Plans to choose from: every method alone, drops of both kinds together, and deep combinations.
 fn candidates(num_layers: usize, targets: &[f32]) -> Vec<CompressionOptions> {
     let drop = |attention, ffn| {
         let drop = DropLayers { attention, ffn, joint: 0 };
@@ -42,6 +42,52 @@ fn candidates(num_layers: usize, targets: &[f32]) -> Vec<CompressionOptions> {
         let skip = FfnSkip { target: Some(target), ..FfnSkip::default() };
         all.push(CompressionOptions { ffn_skip: Some(skip), ..CompressionOptions::default() });
     }
+    all.extend(deep(num_layers));
+    // In a small model several shares are the same number of layers.
+    let mut distinct = Vec::new();
+    for options in all {
+        if !distinct.contains(&options) {
+            distinct.push(options);
+        }
+    }
+    distinct
+}
+
+/// Plans that run half of the work and less: what an operator may fall back to who would rather answer badly than
+/// late. Shares of all layers are dropped, of attention and of FFNs, by themselves and with fewer layers for later
+/// tokens, which fall within a few tokens here.
+fn deep(num_layers: usize) -> Vec<CompressionOptions> {
+    let share = |share: f64| (share * num_layers as f64).round() as usize;
+    let most = num_layers.saturating_sub(2);
+    let joint = [0.15, 0.3, 0.45, 0.6, 0.8, 1.0]
+        .map(|part| DropLayers { joint: share(part), ..DropLayers::default() });
+    let apart = [(0.25, 0.1), (0.25, 0.25), (0.4, 0.3), (0.5, 0.4), (0.5, 0.5), (0.6, 0.6)]
+        .map(|(attention, ffn)| DropLayers { attention: share(attention), ffn: share(ffn), joint: 0 });
+    let is_possible = |drop: &DropLayers| {
+        *drop != DropLayers::default() && drop.attention.max(drop.ffn) <= most && drop.joint <= 2 * most
+    };
+    let drops: Vec<_> = joint.into_iter().chain(apart).filter(is_possible).collect();
+    let skips = [(0.6, 64), (0.4, 64), (0.3, 32)].map(|(part, horizon)| SkipDecode {
+        min_layers: Some(share(part).max(1)),
+        horizon: Some(horizon),
+        ..SkipDecode::default()
+    });
+    let mut all: Vec<_> = drops
+        .iter()
+        .map(|drop| CompressionOptions { drop: Some(*drop), ..CompressionOptions::default() })
+        .collect();
+    all.extend(
+        skips.map(|skip| CompressionOptions { skip_decode: Some(skip), ..CompressionOptions::default() }),
+    );
+    // Together: a quarter of attention, and later tokens by half of the layers.
+    all.extend(drops.iter().filter(|drop| drop.attention == share(0.25)).map(|drop| CompressionOptions {
+        drop: Some(*drop),
+        skip_decode: Some(skips[1]),
+        ..CompressionOptions::default()
+    }));
+    let without_think = all.clone();
+    let think = Some(Think { ratio: Some(0.4), ..Think::default() });
+    all.extend(without_think.into_iter().map(|options| CompressionOptions { think, ..options }));
     all
 }
 
@@ -90,4 +136,28 @@ pub(super) fn choose(tried: &[Tried]) -> BTreeMap<String, CompressionOptions> {
         (name.to_owned(), best.map(|tried| tried.plan.clone()).unwrap_or_default())
     };
     PRESETS.into_iter().map(preset).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deep_plans_reach_below_half_of_the_layers_and_are_distinct() {
+        let all = candidates(30, &[0.25]);
+        // An FFN is three quarters of a layer here.
+        let work = |options: &CompressionOptions| {
+            let drop = options.drop.unwrap_or_default();
+            1.0 - (0.25 * drop.attention as f64 + 0.75 * drop.ffn as f64) / 30.0
+        };
+        assert!(all.iter().map(work).fold(1.0, f64::min) <= 0.5);
+        for layers in [1, 2, 3, 4] {
+            let all = candidates(layers, &[]);
+            for (index, options) in all.iter().enumerate() {
+                assert!(!all[..index].contains(options), "{options:?} twice");
+                let drop = options.drop.unwrap_or_default();
+                assert!(drop.attention.max(drop.ffn) < layers && drop.joint <= 2 * (layers.max(2) - 2));
+            }
+        }
+    }
 }
