@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rheostat_proto::rheostat::v1::generate_request::Prompt;
+use rheostat_proto::rheostat::v1::generate_stream_response::Event;
 use rheostat_proto::rheostat::v1::generation_service_client::GenerationServiceClient;
 use rheostat_proto::rheostat::v1::{GenerateRequest, SamplingParams};
 use rheostat_tests::process::ServerProcess;
@@ -27,18 +28,30 @@ async fn live(server: &ServerProcess) -> usize {
     (running + metric(server.http, "rheostat_sequences_waiting").await) as usize
 }
 
-async fn generate(server: &ServerProcess) -> u32 {
+/// Tokens of an answer over gRPC, streamed or whole.
+async fn generate(server: &ServerProcess, stream: bool) -> u32 {
     let mut client =
         GenerationServiceClient::connect(format!("http://{}", server.grpc)).await.expect("served");
     let sampling = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
-    let call = client.generate(GenerateRequest {
+    let request = GenerateRequest {
         prompt: Some(Prompt::Text("Once upon a time".into())),
         max_tokens: Some(TOKENS as i64),
         sampling: Some(sampling),
         ..GenerateRequest::default()
-    });
-    let usage = call.await.expect("an accepted call is answered").into_inner().usage;
-    usage.expect("usage").completion_tokens
+    };
+    if !stream {
+        let answer = client.generate(request).await.expect("an accepted call is answered");
+        return answer.into_inner().usage.expect("usage").completion_tokens;
+    }
+    let mut events =
+        client.generate_stream(request).await.expect("an accepted call is answered").into_inner();
+    let mut completed = None;
+    while let Some(event) = events.message().await.expect("the stream goes on to its end") {
+        if let Some(Event::Completed(end)) = event.event {
+            completed = end.usage;
+        }
+    }
+    completed.expect("a stream ends with its usage").completion_tokens
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -50,7 +63,7 @@ async fn a_stop_signal_under_load_loses_no_accepted_request() {
     });
     let calls: Vec<_> = calls.collect();
     let called = async {
-        let both = futures_util::future::join(generate(&server), generate(&server)).await;
+        let both = futures_util::future::join(generate(&server, false), generate(&server, true)).await;
         assert_eq!(both, (TOKENS as u32, TOKENS as u32));
     };
     let stopped = async {

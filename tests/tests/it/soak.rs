@@ -1,5 +1,7 @@
 //! Five hundred requests of all plans at once, some cancelled, in a pool too small for them: every text is
-//! that of a solo run, and every page comes back.
+//! that of a solo run, every page comes back, and what the metrics count is what the clients got.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures_util::StreamExt;
 use rheostat_tests::server::TestServer;
@@ -8,7 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const REQUESTS: usize = 500;
-const AT_ONCE: usize = 12;
+const AT_ONCE: usize = 24;
+const TOKENS: usize = 20;
 
 const PLANS: [&str; 9] = [
     r#"{}"#,
@@ -39,7 +42,7 @@ const PROMPTS: [&str; 5] = [
 fn body(case: usize, extra: &str) -> String {
     let (prompt, plan) = (PROMPTS[case % PROMPTS.len()], PLANS[case / PROMPTS.len() % PLANS.len()]);
     format!(
-        r#"{{"prompt": {prompt:?}, "max_tokens": 20, "temperature": 0, "ignore_eos": true, "compression": {plan}{extra}}}"#
+        r#"{{"prompt": {prompt:?}, "max_tokens": {TOKENS}, "temperature": 0, "ignore_eos": true, "compression": {plan}{extra}}}"#
     )
 }
 
@@ -70,18 +73,21 @@ async fn mixed_plans_cancels_and_preemptions_change_no_text_and_lose_no_page() {
         expected.push(text(&solo, case).await);
     }
     solo.stop().await;
-    // Pages of twenty blocks of 16 tokens in every layer.
-    let kv = (20 * 30 * 12_288).to_string();
-    let server = TestServer::start(&["--memory-kv", &kv, "--max-num-batched-tokens", "96"]).await;
+    // Pages of forty blocks of 16 tokens in every layer: for a third of the requests that are sent at once.
+    let pool = 40 * 30;
+    let kv = (pool * 12_288).to_string();
+    let server = TestServer::start(&["--memory-kv", &kv, "--max-num-batched-tokens", "128"]).await;
+    let completed = AtomicUsize::new(0);
     let calls = (0..REQUESTS).map(|index| {
         // Neighbours differ in prompt and plan; every case comes about eleven times.
         let case = index * 7 % cases;
-        let (server, expected) = (&server, &expected);
+        let (server, expected, completed) = (&server, &expected, &completed);
         async move {
             if index % 9 == 4 {
                 return cancelled(server, case).await;
             }
             assert_eq!(text(server, case).await, expected[case], "{}", body(case, ""));
+            completed.fetch_add(1, Ordering::Relaxed);
         }
     });
     futures_util::stream::iter(calls).buffer_unordered(AT_ONCE).collect::<Vec<_>>().await;
@@ -91,8 +97,32 @@ async fn mixed_plans_cancels_and_preemptions_change_no_text_and_lose_no_page() {
     })
     .await;
     assert!(count("rheostat_preemptions_total").await > 0.0, "the pool is too small for all");
-    let (_, page) = request(server.http, "GET", "/metrics", b"").await;
-    let used = page.lines().find(|line| line.starts_with("rheostat_kv_pages{") && line.contains("used"));
-    assert!(used.is_some_and(|line| line.ends_with(" 0")), "{used:?}");
+    assert_sums_agree(&server, completed.into_inner(), pool).await;
     server.stop().await;
+}
+
+/// Pages, sequences and tokens by the metrics, beside what the clients know.
+async fn assert_sums_agree(server: &TestServer, completed: usize, pool: usize) {
+    let (_, page) = request(server.http, "GET", "/metrics", b"").await;
+    let series = |name: &str| -> f64 {
+        let line = page.lines().find(|line| line.rsplit_once(' ').is_some_and(|(series, _)| series == name));
+        let value = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in\n{page}"))
+    };
+    let pages =
+        ["used", "cached", "free"].map(|state| series(&format!("rheostat_kv_pages{{state=\"{state}\"}}")));
+    assert_eq!((pages[0], pages.iter().sum::<f64>()), (0.0, pool as f64), "{pages:?}");
+    let ended = ["stop", "length", "abort", "error"]
+        .map(|reason| series(&format!("rheostat_sequences_finished_total{{reason=\"{reason}\"}}")));
+    assert_eq!((ended[0], ended[3], ended.iter().sum::<f64>()), (0.0, 0.0, REQUESTS as f64), "{ended:?}");
+    // A client that went away late may have been too late.
+    assert!(ended[1] >= completed as f64 && ended[2] > 0.0, "{completed} of {ended:?}");
+    let sampled = series("rheostat_generation_tokens_total");
+    assert_eq!(sampled, series("rheostat_request_generation_tokens_sum"), "every token is some sequence's");
+    let cancelled = sampled - (completed * TOKENS) as f64;
+    assert!((0.0..=((REQUESTS - completed) * TOKENS) as f64).contains(&cancelled), "{cancelled} tokens");
+    // A prompt counts once, however often it was computed.
+    let (prompts, sequences) =
+        (series("rheostat_prompt_tokens_total"), series("rheostat_request_prompt_tokens_sum"));
+    assert!(prompts <= sequences && prompts > 0.8 * sequences, "{prompts} of {sequences}");
 }
