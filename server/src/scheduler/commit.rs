@@ -10,6 +10,7 @@ impl Scheduler {
     pub fn commit(&mut self, plan: &StepPlan, outcomes: &[RowOutcome]) {
         debug_assert_eq!(plan.rows.len(), outcomes.len(), "one outcome a row");
         self.plan = None;
+        self.num_steps = self.num_steps.wrapping_add(1);
         self.reported.clear();
         for (row, outcome) in plan.rows.iter().zip(outcomes) {
             self.commit_row(row, outcome);

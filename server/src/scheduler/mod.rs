@@ -22,8 +22,11 @@
 //!   goes back to the head of the queue and is computed again later (from its cached blocks, if they
 //!   survive). The last admitted has nobody to take from and sits the step out. So the first admitted
 //!   always advances, and every sequence ends: [`Scheduler::add`] refuses what cannot run even alone.
+//! * A demoted sequence ([`Scheduler::demote`]) stands behind all others and decodes in every fourth step while
+//!   there are any.
 
 mod commit;
+mod demote;
 mod kv_pages;
 mod page_pool;
 mod prefix_cache;
@@ -36,6 +39,7 @@ mod stats;
 mod tests;
 mod waiting_queue;
 
+pub use demote::DEMOTED_EVERY;
 pub use resize::PageCopy;
 pub use stats::SchedulerStats;
 
@@ -164,12 +168,14 @@ pub enum AddError {
 pub struct Scheduler {
     config: SchedulerConfig,
     sequences: Sequences,
-    /// In order of admission.
+    /// In order of admission, demoted sequences last.
     running: Vec<SeqId>,
     waiting: WaitingQueue,
     kv: KvPages,
     /// The last plan, while nothing has changed since: asked again, the scheduler answers the same.
     plan: Option<StepPlan>,
+    /// Steps committed.
+    num_steps: u64,
     /// Preempted since the last plan.
     preempted: Vec<SeqId>,
     /// Copies that shrinking has left to be made.
@@ -193,6 +199,7 @@ impl Scheduler {
             running: Vec::new(),
             waiting: WaitingQueue::default(),
             plan: None,
+            num_steps: 0,
             preempted: Vec::new(),
             copies: Vec::new(),
             reported: Vec::new(),

@@ -20,20 +20,26 @@ impl Scheduler {
             self.sequences[id].num_scheduled = 0;
         }
         let mut budget = self.config.max_num_batched_tokens;
-        self.schedule_decodes(&mut budget);
+        let demoted_rest = self.demoted_rest();
+        self.schedule_decodes(&mut budget, demoted_rest);
         self.schedule_prefills(&mut budget);
         self.admit_waiting(&mut budget);
         self.top_up_prefills(&mut budget);
+        if demoted_rest && self.running.iter().all(|&id| self.sequences[id].num_scheduled == 0) {
+            // The others wait for what demoted sequences hold.
+            self.schedule_decodes(&mut budget, false);
+        }
         let plan = self.build_plan();
         self.plan = Some(plan.clone());
         plan
     }
 
-    fn schedule_decodes(&mut self, budget: &mut usize) {
+    fn schedule_decodes(&mut self, budget: &mut usize, demoted_rest: bool) {
         let mut index = 0;
         // Preemption shortens the list from its end while it is walked.
         while index < self.running.len() && *budget > 0 {
-            if self.sequences[self.running[index]].is_decoding() {
+            let seq = &self.sequences[self.running[index]];
+            if seq.is_decoding() && !(demoted_rest && seq.demoted) {
                 self.claim(index, 1, budget);
             }
             index += 1;
@@ -82,9 +88,10 @@ impl Scheduler {
                 return;
             }
             self.waiting.admit(num_passed_over);
-            self.admit(id, hit);
+            let place = self.place_of(id);
+            self.admit(id, hit, place);
             let chunk = self.prefill_chunk(&self.sequences[id], *budget, !self.waiting.is_empty());
-            self.claim(self.running.len() - 1, chunk, budget);
+            self.claim(place, chunk, budget);
             let seq = &self.sequences[id];
             reserved += self.kv.pages_missing(seq, seq.tokens.len());
         }
@@ -206,7 +213,7 @@ impl Scheduler {
         needed + reserved + watermark <= self.kv.num_available() - hit.num_idle_pages
     }
 
-    fn admit(&mut self, id: SeqId, hit: PrefixHit) {
+    fn admit(&mut self, id: SeqId, hit: PrefixHit, place: usize) {
         let seq = &mut self.sequences[id];
         if seq.num_cached.is_none() {
             seq.num_cached = Some(hit.num_tokens);
@@ -216,6 +223,6 @@ impl Scheduler {
             }
         }
         self.kv.adopt(seq, hit);
-        self.running.push(id);
+        self.running.insert(place, id);
     }
 }

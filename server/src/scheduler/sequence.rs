@@ -34,6 +34,8 @@ pub(super) struct Sequence {
     pub(super) dropped: Option<Vec<usize>>,
     /// What the step that is about to be committed has dropped.
     pub(super) dropping: Option<Vec<usize>>,
+    /// Others come before it.
+    pub(super) demoted: bool,
     /// Pages that it holds at most.
     pub(super) max_pages: usize,
 }
@@ -63,6 +65,7 @@ impl Sequence {
             sealed: false,
             dropped: None,
             dropping: None,
+            demoted: false,
             max_pages,
             spec,
         }

@@ -2,6 +2,7 @@
 //! traces. Both run on a [`simulation`] of KV content that checks every plan and every page.
 
 mod batching;
+mod demote;
 mod pages;
 mod prefix;
 mod properties;

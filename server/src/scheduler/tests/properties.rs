@@ -25,6 +25,7 @@ enum Op {
     Abort(prop::sample::Index),
     Stop(prop::sample::Index),
     Resize(usize),
+    Demote(prop::sample::Index),
     /// A sequence gets another key.
     Recompute(prop::sample::Index, u64),
 }
@@ -74,6 +75,7 @@ fn op() -> impl Strategy<Value = Op> {
     let index = any::<prop::sample::Index>;
     let between = prop_oneof![
         3 => index().prop_map(Op::Abort),
+        1 => index().prop_map(Op::Demote),
         1 => request().prop_map(Op::Add),
         1 => (0..40usize).prop_map(Op::Resize),
         1 => (index(), 0..3u64).prop_map(|(index, key)| Op::Recompute(index, key)),
@@ -84,6 +86,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Fail),
         4 => between.prop_map(|op| Op::Interrupt(Box::new(op))),
         2 => index().prop_map(Op::Abort),
+        2 => index().prop_map(Op::Demote),
         3 => index().prop_map(Op::Stop),
         1 => (0..40usize).prop_map(Op::Resize),
         1 => (index(), 0..3u64).prop_map(|(index, key)| Op::Recompute(index, key)),
@@ -132,6 +135,11 @@ impl Run {
             Op::Stop(index) => {
                 let id = self.pick(index);
                 self.simulation.finishing.extend(id);
+            }
+            Op::Demote(index) => {
+                if let Some(id) = self.pick(index) {
+                    self.simulation.demote(id);
+                }
             }
             Op::Resize(num_pages) => drop(self.simulation.resize(*num_pages)),
             Op::Recompute(index, key) => {

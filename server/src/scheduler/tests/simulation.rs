@@ -26,6 +26,8 @@ pub(super) struct Simulation {
     live: BTreeMap<SeqId, Live>,
     /// Sequences that the engine ends with their next sampled token.
     pub(super) finishing: BTreeSet<SeqId>,
+    /// Sequences that give way to others.
+    demoted: BTreeSet<SeqId>,
     pub(super) num_finished: usize,
 }
 
@@ -49,6 +51,7 @@ impl Simulation {
             slots: HashMap::new(),
             live: BTreeMap::new(),
             finishing: BTreeSet::new(),
+            demoted: BTreeSet::new(),
             num_finished: 0,
         }
     }
@@ -65,6 +68,12 @@ impl Simulation {
         let was_live = self.live.remove(&id).is_some();
         assert_eq!(self.scheduler.abort(id), was_live);
         self.move_storage();
+        self.check_pages();
+    }
+
+    pub(super) fn demote(&mut self, id: SeqId) {
+        self.scheduler.demote(id);
+        self.demoted.insert(id);
         self.check_pages();
     }
 
@@ -157,7 +166,8 @@ impl Simulation {
             // What sealing needs depends on who shares the prompt.
             let seals = live.spec.demand.seal().is_some() && !live.sealed;
             let decoding = !seals && live.next_pos.is_some_and(|pos| pos + 1 == live.tokens.len());
-            if decoding && plan.rows.iter().all(|row| row.id != id) {
+            let waits = self.demoted.contains(&id);
+            if decoding && !waits && plan.rows.iter().all(|row| row.id != id) {
                 let num_layers = live.spec.demand.num_layers();
                 assert!(stats.pages_free + stats.pages_cached < num_layers, "{id:?} starves");
             }

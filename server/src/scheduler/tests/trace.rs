@@ -9,7 +9,7 @@
 //!   has now. Also `group=G salt=N plan=N bypass`.
 //! * `step`: schedule, forward, commit. Prints the rows, `*` where one samples, `-A` where A was preempted,
 //!   and the pages after the commit. `plan` and `commit` are its halves; `fail` does not commit.
-//! * `stop A`: A ends with its next token. `abort A`, `resize N`, `stats`, `run` (steps to the end), `run N` (at most N).
+//! * `stop A`: A ends with its next token. `demote A`, `abort A`, `resize N`, `stats`, `run` (steps to the end), `run N` (at most N).
 
 use std::sync::Arc;
 
@@ -61,6 +61,11 @@ impl Runner {
             "stop" => {
                 let id = self.id(argument);
                 self.simulation.finishing.insert(id);
+                return None;
+            }
+            "demote" => {
+                let id = self.id(argument);
+                self.simulation.demote(id);
                 return None;
             }
             "abort" => {
