@@ -64,7 +64,7 @@ const APPLIERS: [(&str, Applier); 7] = [
 type Key = fn(&Config) -> Box<dyn Debug>;
 
 /// What needs a restart.
-const FIXED: [(&str, Key); 14] = [
+const FIXED: [(&str, Key); 16] = [
     ("server.model", |c| Box::new(c.model.clone())),
     ("server.cache", |c| Box::new(c.cache.clone())),
     ("server.catalogue", |c| Box::new(c.catalogue.clone())),
@@ -77,6 +77,8 @@ const FIXED: [(&str, Key); 14] = [
         let lengths = (engine.max_num_batched_tokens, engine.max_model_len, engine.block_size);
         Box::new((engine.max_num_seqs, lengths, engine.prefix_caching))
     }),
+    ("energy", |c| Box::new(c.energy.clone())),
+    ("verbosity", |c| Box::new(c.verbosity)),
     ("images", |c| Box::new(c.images.clone())),
     ("compression.calibration", |c| Box::new(c.calibration.clone())),
     ("metrics.compat", |c| Box::new(c.metrics_compat)),

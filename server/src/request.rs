@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use model_zoo::compression::{Plan, VisualUse};
 use model_zoo::vision::PromptImage;
 
 use crate::admission::QueuePlace;
 use crate::auth::{Charge, Client};
+use crate::energy::EnergyUse;
 use crate::traces::{GenerationSpan, Trace};
 
 /// Who a request comes from.
@@ -57,6 +59,10 @@ pub struct RawRequest {
     pub add_special_tokens: Option<bool>,
     /// Requests share cached prefixes only with equal salts (tenant isolation); empty is the common cache.
     pub cache_salt: String,
+    /// Joules that it may cost at most, as the client wrote them.
+    pub max_joules: Option<f64>,
+    /// Seconds from its arrival to its end at most, as the client wrote them.
+    pub deadline: Option<f64>,
     /// Compression as the client wrote it.
     pub compression: model_zoo::compression::CompressionOptions,
 }
@@ -187,12 +193,27 @@ pub struct GenerateRequest {
     pub profile: Arc<str>,
     /// Requests share cached prefixes only with equal salts.
     pub cache_salt: u64,
+    /// What it may cost in joules and in time.
+    pub budget: Budget,
+    /// It is a chat, not a text to complete.
+    pub is_chat: bool,
+    /// The name of the API key that it came with.
+    pub client: Option<Arc<str>>,
     /// What it was charged to its API key, corrected when the last holder drops it.
     pub charge: Option<Arc<Charge>>,
     /// Its place among the waiting, until its first step.
     pub queued: Option<Arc<QueuePlace>>,
     /// Its span, when its call is recorded.
     pub span: Option<Arc<GenerationSpan>>,
+}
+
+/// What a request may cost, beside tokens: it ends with what it has when it reaches one of these.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Budget {
+    /// Joules, over all choices.
+    pub max_joules: Option<f64>,
+    /// When it has to have ended.
+    pub deadline: Option<Instant>,
 }
 
 /// What a plan of methods without a profile is called.
@@ -220,9 +241,26 @@ pub enum FinishReason {
     Abort,
     /// The step failed for this row.
     Error,
+    /// One more step would cost more than `max_joules`.
+    MaxJoules,
+    /// The deadline has passed.
+    Deadline,
+    /// It did not end when others of its kind do.
+    Verbosity,
 }
 
 impl FinishReason {
+    /// Every reason, in order.
+    pub const ALL: [Self; 7] = [
+        Self::Stop,
+        Self::Length,
+        Self::Abort,
+        Self::Error,
+        Self::MaxJoules,
+        Self::Deadline,
+        Self::Verbosity,
+    ];
+
     /// The name on the wire and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -230,7 +268,28 @@ impl FinishReason {
             Self::Length => "length",
             Self::Abort => "abort",
             Self::Error => "error",
+            Self::MaxJoules => "max_joules",
+            Self::Deadline => "deadline",
+            Self::Verbosity => "verbosity",
         }
+    }
+
+    /// The name that clients of OpenAI's API know: of their fixed set, a used up budget is `length`.
+    pub fn as_openai(self) -> &'static str {
+        match self {
+            Self::MaxJoules | Self::Deadline | Self::Verbosity => Self::Length.as_str(),
+            Self::Stop | Self::Length | Self::Abort | Self::Error => self.as_str(),
+        }
+    }
+
+    /// What beside [`FinishReason::as_openai`] says why it ended; `None` where that says all.
+    pub fn detail(self) -> Option<&'static str> {
+        (self.as_openai() != self.as_str()).then_some(self.as_str())
+    }
+
+    /// Whether it ends a choice between two tokens, so that text may still be held back.
+    pub(crate) fn leaves_text_held(self) -> bool {
+        matches!(self, Self::Abort | Self::MaxJoules | Self::Deadline | Self::Verbosity)
     }
 }
 
@@ -283,6 +342,8 @@ pub struct ChoiceUsage {
     pub served: Vec<Served>,
     /// Times that weights were taken from it while it ran.
     pub moved_down: usize,
+    /// What it was charged; `None` without a meter, and where a counter that was set back leaves it unknown.
+    pub energy: Option<EnergyUse>,
 }
 
 /// A part of a choice's output, and the weights by which it was made.

@@ -13,7 +13,8 @@ use tokio::sync::watch;
 
 use crate::auth::KeyRing;
 use crate::config::Config;
-use crate::governor::{Front, Governor};
+use crate::energy::{Energy, meter};
+use crate::governor::{Front, Governor, PowerGauge};
 use crate::memory::of;
 use crate::reload::Reload;
 use crate::scheduler::SchedulerConfig;
@@ -123,7 +124,8 @@ pub async fn run_controlled(
 ) -> Result<(), RunError> {
     let scheduler = scheduler_config(&config, model.loaded.model.dims())?;
     let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
-    let (service, metrics) = start_service(&config, model, scheduler)?;
+    let (service, metrics, energy) = start_service(&config, model, scheduler)?;
+    let metering = energy.source().map(|_| tokio::spawn(energy.run()));
     let governing = service.governor().map(|governor| tokio::spawn(Arc::clone(governor).run()));
     let tracer =
         config.traces.as_ref().map_or(Ok(Tracer::off()), Tracer::export).map_err(RunError::Traces)?;
@@ -169,8 +171,8 @@ pub async fn run_controlled(
     service.shutdown(config.drain).await;
     stop.send_replace(true);
     upkeep.abort();
-    if let Some(governing) = governing {
-        governing.abort();
+    for task in governing.into_iter().chain(metering) {
+        task.abort();
     }
     // Every request has ended; what is left are idle connections and last bytes on their way.
     let grace = Duration::from_secs(2);
@@ -187,7 +189,7 @@ fn start_service(
     config: &Config,
     model: NamedModel,
     scheduler: SchedulerConfig,
-) -> Result<(Service, Arc<Metrics>), RunError> {
+) -> Result<(Service, Arc<Metrics>, Arc<Energy>), RunError> {
     let dims = model.loaded.model.dims().clone();
     let max_model_len = model_len(config, &dims, &scheduler)?;
     let served = ServedModel {
@@ -198,7 +200,13 @@ fn start_service(
     };
     let metrics = Arc::new(Metrics::new(&served, config.metrics_compat));
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let governor = governor(config, &model.offer, (&dims, &metrics));
+    // Decoders run on the CPU's cores.
+    let meter = meter::open(&config.energy, meter::Device::Cpu);
+    let energy = Arc::new(Energy::new(meter, &config.energy, &metrics));
+    if config.governor.policy.cap_watts.is_some() && energy.source().is_none() {
+        tracing::warn!("power.cap_watts has no effect: there is no energy meter");
+    }
+    let governor = governor(config, &model.offer, (&dims, &metrics, &energy));
     let most_model_len = config.engine.max_model_len.unwrap_or(dims.max_context).min(dims.max_context);
     let info = ModelInfo {
         name: model.name,
@@ -219,22 +227,26 @@ fn start_service(
         limits: config.limits.clone(),
         images: config.images.clone(),
         keys: Arc::new(KeyRing::new(&config.keys, Arc::clone(&metrics))),
+        energy: Arc::clone(&energy),
+        verbosity: config.verbosity,
         metrics: Arc::clone(&metrics),
         governor,
     })?;
-    Ok((service, metrics))
+    Ok((service, metrics, energy))
 }
 
 /// The governor, where the model has a front to choose from.
 fn governor(
     config: &Config,
     offer: &Offer,
-    (dims, metrics): (&ModelDims, &Arc<Metrics>),
+    (dims, metrics, energy): (&ModelDims, &Arc<Metrics>, &Arc<Energy>),
 ) -> Option<Arc<Governor>> {
     let front = Front::of(offer, dims, config.governor.max_perplexity_increase)?;
     let points: Vec<_> = front.points().iter().map(|point| point.name.as_str()).collect();
     tracing::info!(?points, "profile auto chooses between these");
-    Some(Arc::new(Governor::new(front, config.governor.policy, None, Arc::clone(metrics))))
+    let energy = Arc::clone(energy);
+    let power: PowerGauge = Box::new(move || energy.watts());
+    Some(Arc::new(Governor::new(front, config.governor.policy, Some(power), Arc::clone(metrics))))
 }
 
 /// The scheduler's limits, with as many pages as the KV budget holds.

@@ -13,9 +13,10 @@ use model_zoo::tokenizer::Tokenizer;
 use model_zoo::vision::Vision;
 
 use crate::admission::{Admission, Limits};
-use crate::auth::KeyRing;
+use crate::auth::{Client, KeyRing};
 use crate::current::Current;
-use crate::engine::{self, EngineHandle, EngineParts, TokenStream};
+use crate::energy::Energy;
+use crate::engine::{self, EngineHandle, EngineParts, Record, TokenStream};
 use crate::error::{Error, ErrorKind};
 use crate::governor::Governor;
 use crate::images::{ImageLimits, Images};
@@ -23,6 +24,7 @@ use crate::memory::MemoryTargets;
 use crate::request::{Caller, RawRequest};
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
+use crate::verbosity::VerbosityConfig;
 
 /// The served model as its clients may know it.
 #[derive(Debug, Clone)]
@@ -100,6 +102,10 @@ pub struct ServiceParts {
     pub images: ImageLimits,
     /// Who may ask.
     pub keys: Arc<KeyRing>,
+    /// What its energy is metered by.
+    pub energy: Arc<Energy>,
+    /// How rows that do not end are found.
+    pub verbosity: VerbosityConfig,
     /// Where everything reports.
     pub metrics: Arc<Metrics>,
     /// Chooses for `auto` requests, where the model is calibrated.
@@ -135,6 +141,8 @@ impl Service {
             limits,
             images,
             keys,
+            energy,
+            verbosity,
             metrics,
             governor,
         } = parts;
@@ -142,13 +150,16 @@ impl Service {
         let info = Arc::new(info);
         let images = Images::new(vision, images, Arc::clone(&metrics));
         let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits)
-            .governed_by(governor.clone());
+            .governed_by(governor.clone())
+            .metered(energy.source().is_some());
         let parts = EngineParts {
             model,
             encoder_bytes,
             tokenizer: Arc::clone(&tokenizer),
             scheduler,
             memory,
+            energy,
+            verbosity,
             metrics,
         };
         let (engine, thread) = engine::start(parts)?;
@@ -176,6 +187,7 @@ impl Service {
         }
         let begin = Instant::now();
         let span = request.caller.trace.generation(&request, &self.model.name);
+        let client = request.caller.client.clone();
         let admitted = self.admission.admit(request).await;
         if let (Some(span), Err(error)) = (&span, &admitted) {
             span.failed(error);
@@ -187,7 +199,8 @@ impl Service {
         request.span = span;
         let (id, prompt) = (request.id.clone(), Arc::clone(&request.prompt));
         let (plan, profile) = (Arc::clone(&request.plan), Arc::clone(&request.profile));
-        let stream = self.engine.generate(request, guard)?;
+        let record = Record::of(&request, client.as_ref().map(Client::name));
+        let stream = self.engine.generate(request, guard)?.recorded(record);
         Ok(Admitted { id, prompt, plan, profile, stream })
     }
 

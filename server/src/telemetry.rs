@@ -7,6 +7,7 @@
 //!
 //! [`Metrics`] is made once a server and passed down; there is no global recorder.
 
+mod energy;
 mod governor;
 pub mod images;
 mod instruments;
@@ -17,9 +18,11 @@ mod recent;
 mod samples;
 #[cfg(test)]
 mod tests;
+mod verbosity;
 
 use std::time::Duration;
 
+pub use energy::EnergyMetrics;
 use images::ImageMetrics;
 use instruments::{Definition, Instruments, Paired};
 pub use keys::{KeyLimit, KeyMetrics};
@@ -295,7 +298,7 @@ pub struct Metrics {
     output_size: Paired<Histogram>,
     param_max_tokens: Paired<Histogram>,
     param_n: Paired<Histogram>,
-    finished: [Paired<Counter>; 4],
+    finished: [Paired<Counter>; FinishReason::ALL.len()],
     step_phases: [Paired<Histogram>; 4],
     step_tokens: Paired<Histogram>,
     prompt_tokens: Paired<Counter>,
@@ -314,9 +317,6 @@ pub struct Metrics {
     memory: memory::MemoryInstruments,
 }
 
-const REASONS: [FinishReason; 4] =
-    [FinishReason::Stop, FinishReason::Length, FinishReason::Abort, FinishReason::Error];
-
 fn label(key: &'static str, value: impl Into<String>) -> Vec<Label> {
     vec![Label::new(key, value.into())]
 }
@@ -325,7 +325,8 @@ impl Metrics {
     /// Registers every metric at zero.
     pub fn new(served: &ServedModel, compat: MetricsCompat) -> Self {
         let vllm_model = (compat == MetricsCompat::Vllm).then_some(served.model.as_str());
-        let definitions = [DEFINITIONS, images::DEFINITIONS, &memory::DEFINITIONS].concat();
+        let definitions =
+            [DEFINITIONS, images::DEFINITIONS, &memory::DEFINITIONS, energy::DEFINITIONS].concat();
         let instruments = Instruments::new(&definitions, vllm_model);
         let histogram = |def| instruments.histogram(def, Vec::new());
         let counter = |def| instruments.counter(def, Vec::new(), Vec::new());
@@ -344,11 +345,11 @@ impl Metrics {
             output_size: histogram(&OUTPUT_SIZE),
             param_max_tokens: histogram(&PARAM_MAX_TOKENS),
             param_n: histogram(&PARAM_N),
-            finished: REASONS.map(|r| {
+            finished: FinishReason::ALL.map(|r| {
                 instruments.counter(
                     &FINISHED,
                     label("reason", r.as_str()),
-                    label("finished_reason", r.as_str()),
+                    label("finished_reason", r.as_openai()),
                 )
             }),
             step_phases: StepPhase::ALL
@@ -425,9 +426,7 @@ impl Metrics {
 
     /// A sequence ended, for whatever reason. Called once a choice.
     pub fn sequence_finished(&self, life: &SequenceTimings) {
-        if let Some(index) = REASONS.iter().position(|r| *r == life.reason) {
-            self.finished[index].add(1);
-        }
+        self.finished[life.reason as usize].add(1);
         self.e2e.record(life.total.as_secs_f64());
         self.prompt_size.record(life.prompt_tokens as f64);
         self.output_size.record(life.completion_tokens as f64);

@@ -18,11 +18,13 @@ use serde_json::json;
 
 use crate::admission::Limits;
 use crate::auth::{KeyConfig, KeyRing};
+use crate::energy::Energy;
 use crate::images::ImageLimits;
 use crate::memory::MemoryTargets;
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
+use crate::verbosity::VerbosityConfig;
 
 const LETTERS: u32 = 26;
 const STEP: Duration = Duration::from_millis(1);
@@ -109,6 +111,8 @@ pub(crate) fn service_for(keys: &[KeyConfig]) -> (Service, Arc<Metrics>) {
         limits: Limits::default(),
         images: ImageLimits::default(),
         keys: Arc::new(KeyRing::new(keys, Arc::clone(&metrics))),
+        energy: Arc::new(Energy::off()),
+        verbosity: VerbosityConfig::default(),
         metrics: Arc::clone(&metrics),
         governor: None,
     };

@@ -397,6 +397,17 @@ def check_reflection(server):
         check(imported.file_descriptor_response.file_descriptor_proto, f"{version}: imported file")
 
 
+def check_energy_and_budgets(server):
+    usage = server.generate().usage.energy
+    check(usage.joules > 0 and usage.source != gen.ENERGY_SOURCE_UNSPECIFIED, f"energy: {usage}")
+    late = server.generate(**server.endless(), deadline_seconds=0.3)
+    equal(late.choices[0].finish_reason, gen.FINISH_REASON_DEADLINE, "a request past its deadline")
+    events = list(server.stream(**server.endless(), max_joules=late.usage.energy.joules / 2))
+    equal(events[-2].finished.finish_reason, gen.FINISH_REASON_MAX_JOULES, "a request of half the joules")
+    check(events[-1].completed.usage.energy.joules > 0, f"the last event has them: {events[-1]}")
+    refused(server, grpc.StatusCode.INVALID_ARGUMENT, "max_joules", max_joules=float("nan"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address", help="host:port of the gRPC server")

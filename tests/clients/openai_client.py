@@ -257,6 +257,23 @@ def check_extra_fields(server):
     refused(bad, None, server.complete, extra_headers=header)
 
 
+def check_energy_and_budgets(server):
+    energy = server.complete().usage.energy
+    check(energy["joules"] > 0 and energy["source"] in ("nvml", "rapl", "estimate"), f"energy: {energy}")
+    endless = {"max_tokens": 1_500, "extra_body": {"ignore_eos": True, "deadline": 0.3}}
+    for call in (server.complete, server.chat):
+        (choice,) = call(**endless).choices
+        # A reason of OpenAI's, for clients with types, and beside it the budget.
+        equal((choice.finish_reason, choice.stop_reason), ("length", "deadline"), "a request past its deadline")
+    *_, last, usage = server.chat(**endless, stream=True, stream_options={"include_usage": True})
+    equal((last.choices[0].finish_reason, last.choices[0].stop_reason), ("length", "deadline"), "streamed")
+    spent = usage.usage.energy["joules"]
+    body = {"ignore_eos": True, "max_joules": spent / 2}
+    answer = server.complete(max_tokens=1_500, extra_body=body)
+    equal((answer.choices[0].finish_reason, answer.choices[0].stop_reason), ("length", "max_joules"), "half of it")
+    refused(openai.BadRequestError, "max_joules", server.complete, extra_body={"max_joules": -1})
+
+
 def check_request_id(server):
     raw = server.client.completions.with_raw_response
     fields = {"model": server.model, "prompt": PROMPT, "max_tokens": 1}

@@ -11,6 +11,7 @@ pub use limits::Limits;
 pub use live::{LiveRequests, QueuePlace};
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use model_zoo::ZooError;
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
@@ -38,6 +39,8 @@ pub struct Admission {
     images: Images,
     live: LiveRequests,
     governor: Option<Arc<Governor>>,
+    /// Whether joules are counted, so that a request can be limited in them.
+    is_metered: bool,
 }
 
 impl Admission {
@@ -45,13 +48,19 @@ impl Admission {
     pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, images: Images, limits: Limits) -> Self {
         let live = LiveRequests::new(&limits);
         let prompts = prompt::PromptEncoder::new(tokenizer, images.token());
-        Self { model, prompts, images, limits: limits.into(), live, governor: None }
+        Self { model, prompts, images, limits: limits.into(), live, governor: None, is_metered: false }
     }
 
     /// Lets `governor` choose the profile of `auto` requests; without one they are refused.
     #[must_use]
     pub fn governed_by(self, governor: Option<Arc<Governor>>) -> Self {
         Self { governor, ..self }
+    }
+
+    /// Says whether joules are counted; where they are not, requests that limit them are refused.
+    #[must_use]
+    pub fn metered(self, is_metered: bool) -> Self {
+        Self { is_metered, ..self }
     }
 
     /// Bounds requests by `limits` from now on; those that are live already stay.
@@ -74,6 +83,7 @@ impl Admission {
         self.model.check_name(&raw.model)?;
         let limits = self.limits.get();
         let n = validate::choices(raw.n, &limits)?;
+        let budget = validate::budget(&raw, self.is_metered, Instant::now())?;
         let mut sampling = raw.sampling;
         validate::sampling(&sampling, &limits, &self.model)?;
         validate::prompt_size(&raw.prompt, &limits)?;
@@ -117,6 +127,9 @@ impl Admission {
             plan: Arc::new(plan),
             profile: profile(&compression).into(),
             cache_salt: salt(&raw.cache_salt),
+            budget,
+            is_chat,
+            client: client.map(|client| client.name().into()),
             charge,
             queued: Some(Arc::new(queued)),
             span: None,

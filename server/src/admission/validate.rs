@@ -1,8 +1,10 @@
 //! The checks, one a kind of field. Each message names the field, what it got, and the range.
 
+use std::time::{Duration, Instant};
+
 use super::limits::Limits;
 use crate::error::Error;
-use crate::request::{ChatPrompt, Prompt, SamplingParams};
+use crate::request::{Budget, ChatPrompt, Prompt, RawRequest, SamplingParams};
 use crate::service::ModelInfo;
 
 pub(super) fn choices(n: i64, limits: &Limits) -> Result<usize, Error> {
@@ -25,6 +27,22 @@ pub(super) fn max_tokens(asked: i64, prompt: usize, limit: usize) -> Result<usiz
         return Err(Error::invalid("max_tokens", message));
     }
     Ok(asked)
+}
+
+/// Joules and seconds of a request that arrived at `now`.
+pub(super) fn budget(raw: &RawRequest, is_metered: bool, now: Instant) -> Result<Budget, Error> {
+    for (name, value) in [("max_joules", raw.max_joules), ("deadline", raw.deadline)] {
+        if let Some(value) = value.filter(|value| !value.is_finite() || *value <= 0.0) {
+            return Err(Error::invalid(name, format!("{name} is {value}; it must be a number above 0")));
+        }
+    }
+    if raw.max_joules.is_some() && !is_metered {
+        let message = "this server has no energy meter, so that max_joules cannot be kept; leave it out";
+        return Err(Error::invalid("max_joules", message));
+    }
+    // What no clock reaches is no deadline.
+    let time = raw.deadline.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    Ok(Budget { max_joules: raw.max_joules, deadline: time.and_then(|time| now.checked_add(time)) })
 }
 
 /// Size of a prompt as written, before any work is spent on it.

@@ -2,6 +2,7 @@
 //! [`Config`] is what follows from them, validated, without options.
 
 pub mod bytes;
+mod energy;
 mod governor;
 pub mod hosts;
 pub mod keys;
@@ -20,6 +21,7 @@ use options::{ImageOptions, LimitOptions, Options};
 
 use crate::admission::Limits;
 use crate::auth::KeyConfig;
+use crate::energy::EnergyConfig;
 use crate::governor::AUTO;
 use crate::images::ImageLimits;
 use crate::memory::{MemoryTargets, machine_memory};
@@ -27,6 +29,7 @@ use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 use crate::traces::TraceConfig;
 use crate::transport::{TlsConfig, WRITE_TIMEOUT};
+use crate::verbosity::VerbosityConfig;
 
 /// A configuration that the server can run with.
 #[derive(Debug, Clone)]
@@ -59,6 +62,10 @@ pub struct Config {
     pub profiles: BTreeMap<String, CompressionOptions>,
     /// What the governor holds.
     pub governor: GovernorConfig,
+    /// How energy is metered.
+    pub energy: EnergyConfig,
+    /// How outputs that do not end are found.
+    pub verbosity: VerbosityConfig,
     /// Other servers' metric names.
     pub metrics_compat: MetricsCompat,
     /// Where traces go; `None` makes none.
@@ -142,6 +149,8 @@ impl Config {
             compression,
             targets,
             power,
+            energy,
+            verbosity,
             profiles,
             keys,
             config: _,
@@ -177,6 +186,8 @@ impl Config {
             calibration: compression.calibration,
             profiles,
             governor: GovernorConfig::of(&targets, &power),
+            energy: energy::config(energy).map_err(ConfigError)?,
+            verbosity: energy::verbosity(verbosity),
             metrics_compat: metrics.compat.unwrap_or_default(),
             traces: telemetry.config().map_err(ConfigError)?,
             log_filter: log.filter.unwrap_or_else(|| "info".into()),

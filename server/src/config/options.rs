@@ -11,10 +11,12 @@ use model_zoo::compression::CompressionOptions;
 use super::bytes::ByteSize;
 use super::hosts::HostList;
 use super::keys::KeyOptions;
+use crate::energy::MeterChoice;
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 use crate::traces::TraceConfig;
 use crate::transport::TlsConfig;
+use crate::verbosity::VerbosityMode;
 
 /// A group of keys: a struct of optional values that clap and serde fill, and that can be laid over
 /// another.
@@ -246,6 +248,36 @@ section! {
     }
 }
 
+section! {
+    /// `[energy]`
+    EnergyOptions {
+        /// What joules are measured by: the counter of the device that runs the model (auto), else an estimate from CPU time [default: auto]
+        meter: MeterChoice = "energy-meter", "RHEOSTAT_ENERGY_METER";
+        /// Watts that the estimate takes for a busy core [default: 8]
+        watts_per_core: f64 = "energy-watts-per-core", "RHEOSTAT_ENERGY_WATTS_PER_CORE";
+        /// Watts that are drawn when nothing runs, and charged to nobody [default: measured; the estimate takes 10]
+        idle_watts: f64 = "energy-idle-watts", "RHEOSTAT_ENERGY_IDLE_WATTS";
+        /// Least milliseconds between two readings of the meter [default: 100 for nvml, 5 for rapl, 0 for the estimate]
+        period_ms: u64 = "energy-period-ms", "RHEOSTAT_ENERGY_PERIOD_MS";
+        /// GPU that nvml is asked about, by its number in nvidia-smi [default: 0]
+        gpu: u32 = "energy-gpu", "RHEOSTAT_ENERGY_GPU";
+        /// Folder of the processors' counters [default: /sys/class/powercap]
+        powercap: PathBuf = "energy-powercap", "RHEOSTAT_ENERGY_POWERCAP";
+    }
+}
+
+section! {
+    /// `[verbosity]`: sequences that do not end when others of their kind do.
+    VerbosityOptions {
+        /// Look for them, and count them (report) or lower their priority, raise their end and end them (act) [default: off]
+        mode: VerbosityMode = "verbosity", "RHEOSTAT_VERBOSITY";
+        /// Tokens below which no output is one of them [default: 256]
+        min_tokens: usize = "verbosity-min-tokens", "RHEOSTAT_VERBOSITY_MIN_TOKENS";
+        /// Tokens from a flag to the first change of its logits; it ends after three times as many [default: 64]
+        grace_tokens: usize = "verbosity-grace-tokens", "RHEOSTAT_VERBOSITY_GRACE_TOKENS";
+    }
+}
+
 /// Every key, from one source or several.
 #[derive(Debug, Clone, Default, clap::Args, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -296,6 +328,12 @@ pub struct Options {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub power: PowerOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub energy: EnergyOptions,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub verbosity: VerbosityOptions,
     /// `[profiles.NAME]`: the operator's own compression profiles, in the file alone.
     #[arg(skip)]
     pub profiles: BTreeMap<String, CompressionOptions>,
@@ -332,6 +370,8 @@ impl Options {
             compression: self.compression.over(below.compression),
             targets: self.targets.over(below.targets),
             power: self.power.over(below.power),
+            energy: self.energy.over(below.energy),
+            verbosity: self.verbosity.over(below.verbosity),
             profiles: if self.profiles.is_empty() { below.profiles } else { self.profiles },
             keys: if self.keys.is_empty() { below.keys } else { self.keys },
         }

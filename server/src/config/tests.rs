@@ -43,6 +43,8 @@ fn mistakes_are_named() {
         ("[engine]\nthreads = 0", "nonzero"),
         ("[limits]\nmax_n = 0", "limits.max_n must be at least 1"),
         ("[targets]\nttft_ms = 0.0", "targets.ttft_ms is 0; it must be a number above 0"),
+        ("[energy]\nwatts_per_core = -1.0", "energy.watts_per_core is -1; it must be a number 0 or more"),
+        ("[energy]\nmeter = \"solar\"", "unknown variant `solar`"),
         ("[profiles.auto]\ndrop = { attention = 1 }", "profiles.auto"),
         ("[grpc]\naddress = \"127.0.0.1:8080\"", "must differ"),
         ("[server]\nmodel = \"\"", "model is empty"),
@@ -99,6 +101,7 @@ fn the_example_file_is_valid_and_says_the_defaults() {
     assert_eq!(config.limits, defaults.limits);
     assert_eq!(config.engine.max_num_batched_tokens, defaults.engine.max_num_batched_tokens);
     assert_eq!(config.governor, defaults.governor);
+    assert_eq!((config.energy, config.verbosity), (defaults.energy, defaults.verbosity));
     assert_eq!((config.drain, config.model), (defaults.drain, defaults.model));
 }
 

@@ -4,6 +4,7 @@
 //! send events. Only this thread touches the device.
 
 mod detokenizer;
+mod energy;
 mod events;
 mod memory;
 mod run;
@@ -14,9 +15,10 @@ mod stop;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod verbosity;
 
 pub use events::{EventReceiver, EventSender};
-pub use stream::{Guard, TokenStream};
+pub use stream::{Guard, Record, TokenStream};
 
 use std::io;
 use std::sync::Arc;
@@ -26,11 +28,13 @@ use model_zoo::models::CausalLm;
 use model_zoo::tokenizer::Tokenizer;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::energy::Energy;
 use crate::error::{Error, ErrorKind};
 use crate::memory::{MemoryStatus, MemoryTargets};
 use crate::request::GenerateRequest;
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
+use crate::verbosity::{Detector, VerbosityConfig};
 
 /// Commands that wait for the engine thread at most: it takes all of them before every step.
 const COMMANDS: usize = 1024;
@@ -73,6 +77,10 @@ pub struct EngineParts {
     pub encoder_bytes: u64,
     /// The budgets by which the model was loaded and the pool was sized.
     pub memory: MemoryTargets,
+    /// What its energy is metered by.
+    pub energy: Arc<Energy>,
+    /// How rows that do not end are found.
+    pub verbosity: VerbosityConfig,
     /// Where it reports.
     pub metrics: Arc<Metrics>,
 }
@@ -85,10 +93,16 @@ pub struct EngineParts {
 pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<()>)> {
     let (commands, receiver) = mpsc::channel(COMMANDS);
     let kv_layout = parts.model.dims().kv_layout(parts.scheduler.block_size);
-    let shared = sequence::Shared { tokenizer: parts.tokenizer, metrics: parts.metrics, kv_layout };
+    let shared = sequence::Shared {
+        tokenizer: parts.tokenizer,
+        metrics: parts.metrics,
+        energy: parts.energy,
+        kv_layout,
+    };
     let engine = run::Engine::new(parts.model, (&parts.scheduler, parts.memory), shared);
     let mut engine = engine.map_err(io::Error::other)?;
     engine.hold_beside(parts.encoder_bytes);
+    engine.detector = Detector::new(parts.verbosity);
     let memory = engine.budgets.watch();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(receiver))?;
     Ok((EngineHandle { commands, memory }, thread))

@@ -14,11 +14,14 @@ use super::Command;
 use super::events::EventSender;
 use super::memory::{Budgets, Pin};
 use super::sequence::{Choice, Live, Shared};
+use crate::energy::Paid;
+use crate::energy::work::Costs;
 use crate::error::{Error, ErrorKind};
 use crate::memory::MemoryTargets;
 use crate::request::{FinishReason, GenerateRequest, TokenEvent};
 use crate::scheduler::{AddError, ImageSpan, Scheduler, SchedulerConfig, SeqId, SequenceSpec};
 use crate::telemetry::SchedulerGauges;
+use crate::verbosity::{Detector, VerbosityConfig};
 
 /// Everything that the engine thread owns.
 pub(super) struct Engine {
@@ -28,6 +31,14 @@ pub(super) struct Engine {
     pub(super) choices: HashMap<SeqId, Choice>,
     pub(super) shared: Shared,
     pub(super) budgets: Budgets,
+    /// What the model's parts cost, to share energy by.
+    pub(super) costs: Costs,
+    /// Finds rows that do not end.
+    pub(super) detector: Detector,
+    /// Scratch: what came due.
+    pub(super) paid: Vec<Paid>,
+    /// Steps run: energy is theirs.
+    pub(super) is_busy: bool,
     next_id: u64,
     next_group: u64,
 }
@@ -47,7 +58,20 @@ impl Engine {
         let budgets = Budgets::new(memory, (blocks, config.num_pages, kv.layout().page_bytes()));
         let scheduler = Scheduler::new(config.clone());
         let choices = HashMap::new();
-        let mut engine = Self { model, kv, scheduler, choices, shared, budgets, next_id: 0, next_group: 0 };
+        let mut engine = Self {
+            costs: Costs::of(model.dims()),
+            detector: Detector::new(VerbosityConfig::default()),
+            paid: Vec::new(),
+            is_busy: false,
+            model,
+            kv,
+            scheduler,
+            choices,
+            shared,
+            budgets,
+            next_id: 0,
+            next_group: 0,
+        };
         engine.report_memory();
         Ok(engine)
     }
@@ -56,6 +80,7 @@ impl Engine {
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
             if !self.scheduler.has_work() && !self.is_memory_pending() {
+                self.set_busy(false);
                 self.report();
                 match commands.blocking_recv() {
                     Some(Command::Stop) | None => return,
@@ -76,7 +101,9 @@ impl Engine {
     /// Drops what was cancelled, runs a step if there is work, comes nearer to the memory budgets, and reports.
     pub(super) fn turn(&mut self) {
         self.drop_cancelled();
+        self.end_over_budget();
         let begin = self.scheduler.has_work().then(Instant::now);
+        self.set_busy(begin.is_some());
         if begin.is_some() {
             self.step();
         }
@@ -112,10 +139,11 @@ impl Engine {
                 added.into_iter().for_each(|id| self.remove(id));
                 return live.send(TokenEvent::Failed(refusal(error)));
             }
-            let mut choice = Choice::new(&live, index, &self.shared);
+            let mut choice = Choice::new(&live, (id, index), &self.shared);
             if let Some(pin) = pin {
                 choice.serve_with(pin.blocks, pin.levels);
             }
+            self.watch(&mut choice);
             self.choices.insert(id, choice);
             added.push(id);
         }

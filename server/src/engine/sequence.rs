@@ -1,5 +1,6 @@
 //! What the engine keeps of a request and of each of its choices, and the one place that ends a choice.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -8,11 +9,15 @@ use model_zoo::kv_cache::KvLayout;
 use model_zoo::tokenizer::Tokenizer;
 
 use super::detokenizer::Detokenizer;
+use super::energy::Spent;
 use super::events::EventSender;
 use super::sampler::Sampler;
 use super::stop::{Released, StopMatcher};
+use crate::energy::Energy;
 use crate::request::{ChoiceUsage, FinishReason, GenerateRequest, Served, TokenEvent, TokenLogprob, Work};
+use crate::scheduler::SeqId;
 use crate::telemetry::{CompressionSample, Metrics, SequenceTimings};
+use crate::verbosity::{Watch, signal};
 
 /// A request that the engine runs.
 #[derive(Debug)]
@@ -22,12 +27,24 @@ pub(super) struct Live {
     arrived: Instant,
     /// What siblings of the choice that scores the prompt sent before the scores, which come first.
     held: Mutex<Option<Vec<TokenEvent>>>,
+    /// Bits of the joules charged to all choices. Only the engine thread writes them.
+    joules: AtomicU64,
 }
 
 impl Live {
     pub(super) fn new(request: GenerateRequest, events: EventSender) -> Self {
         let held = Mutex::new(request.prompt_logprobs.then(Vec::new));
-        Self { request, events, arrived: Instant::now(), held }
+        Self { request, events, arrived: Instant::now(), held, joules: AtomicU64::default() }
+    }
+
+    /// Joules charged so far, over all choices.
+    pub(super) fn joules(&self) -> f64 {
+        f64::from_bits(self.joules.load(Ordering::Relaxed))
+    }
+
+    /// A choice was charged `joules`.
+    pub(super) fn spend(&self, joules: f64) {
+        self.joules.store((self.joules() + joules).to_bits(), Ordering::Relaxed);
     }
 
     /// The client went away: nobody will read what the request produces.
@@ -65,6 +82,7 @@ impl Live {
 /// One choice of a request.
 #[derive(Debug)]
 pub(super) struct Choice {
+    pub(super) id: SeqId,
     pub(super) live: Arc<Live>,
     pub(super) index: usize,
     pub(super) state: RowState,
@@ -83,6 +101,12 @@ pub(super) struct Choice {
     served: Vec<Served>,
     moved_down: usize,
     clock: Clock,
+    pub(super) spent: Spent,
+    pub(super) energy: Arc<Energy>,
+    /// Looks for an end that does not come.
+    pub(super) watch: Option<Box<Watch>>,
+    /// It ends before its next step.
+    stops_for: Option<FinishReason>,
     metrics: Arc<Metrics>,
     /// Why it ended, once it has: what [`Drop`] reports.
     outcome: FinishReason,
@@ -108,16 +132,18 @@ pub(super) enum Progress {
 pub(super) struct Shared {
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) energy: Arc<Energy>,
     pub(super) kv_layout: KvLayout,
 }
 
 impl Choice {
-    pub(super) fn new(live: &Arc<Live>, index: usize, shared: &Shared) -> Self {
+    pub(super) fn new(live: &Arc<Live>, (id, index): (SeqId, usize), shared: &Shared) -> Self {
         let request = &live.request;
         let sampling = &request.sampling;
         let model_ends: &[u32] = if sampling.ignore_eos { &[] } else { &shared.tokenizer.special().eos };
         let ends: Arc<[u32]> = model_ends.iter().chain(&sampling.stop_token_ids).copied().collect();
         Self {
+            id,
             index,
             state: RowState::default(),
             prompt_logprobs: (request.prompt_logprobs && index == 0).then(Vec::new),
@@ -132,6 +158,10 @@ impl Choice {
             served: Vec::new(),
             moved_down: 0,
             clock: Clock::default(),
+            spent: Spent::default(),
+            energy: Arc::clone(&shared.energy),
+            watch: None,
+            stops_for: None,
             metrics: Arc::clone(&shared.metrics),
             outcome: FinishReason::Abort,
             live: Arc::clone(live),
@@ -153,6 +183,42 @@ impl Choice {
                 charge.add_tokens(prompt);
             }
         }
+    }
+
+    /// Whether it has sampled a token.
+    pub(super) fn has_sampled(&self) -> bool {
+        self.sampled > 0
+    }
+
+    /// The tokens that end it, with what the client adds to their logits.
+    pub(super) fn ends(&self) -> Vec<(u32, f32)> {
+        let bias = &self.live.request.sampling.logit_bias;
+        self.ends.iter().map(|id| (*id, bias.get(id).copied().unwrap_or(0.0))).collect()
+    }
+
+    /// It ends before its next step, for `reason`.
+    pub(super) fn stop_for(&mut self, reason: FinishReason) {
+        self.stops_for = Some(reason);
+    }
+
+    /// Why it ends before its next step, if it does.
+    pub(super) fn stops_for(&self) -> Option<FinishReason> {
+        self.stops_for
+    }
+
+    /// Whether it ended by itself.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.outcome == FinishReason::Stop
+    }
+
+    /// Adds `bias` to the logits of what ends it.
+    pub(super) fn raise_end(&mut self, bias: f32) {
+        self.sampler.raise_end(bias);
+    }
+
+    /// Whether the logits of what ends it are raised.
+    pub(super) fn is_end_raised(&self) -> bool {
+        self.sampler.is_end_raised()
     }
 
     /// A step ran `tokens` of it, and its plan has decided as `state` says.
@@ -201,7 +267,7 @@ impl Choice {
                 span.stage(name, (from, to), self.index);
             }
         }
-        span.choice_ended(self.outcome, self.sampled);
+        span.choice_ended(self.outcome, self.sampled, self.energy_use());
     }
 
     fn work(&self) -> Work {
@@ -246,7 +312,15 @@ impl Choice {
             self.end(FinishReason::Length, None);
             return Ok(Progress::Ended);
         }
+        if let Some(watch) = self.watch.as_deref_mut().filter(|watch| watch.wants_signal())
+            && let Some(signal) = signal(logits, watch.ends())
+        {
+            watch.look(signal);
+        }
         let token = self.sampler.sample(logits).map_err(|e| e.to_string())?;
+        if let Some(watch) = &mut self.watch {
+            watch.sampled(token.token);
+        }
         self.sampled += 1;
         self.tick();
         Ok(self.advance(token))
@@ -309,7 +383,8 @@ impl Choice {
 
     /// Sends the last event. Text still held back goes before it.
     pub(super) fn end(&mut self, reason: FinishReason, stop: Option<String>) {
-        if reason == FinishReason::Abort {
+        self.settle_energy();
+        if reason.leaves_text_held() {
             self.live.release();
             let text = self.stop.finish() + &self.detokenizer.finish();
             if !text.is_empty() {
@@ -324,6 +399,7 @@ impl Choice {
             work: self.work(),
             served: self.served(),
             moved_down: self.moved_down,
+            energy: self.energy_use(),
         };
         self.live.send(TokenEvent::Finished { choice: self.index, reason, stop, usage });
     }
@@ -337,10 +413,15 @@ impl Choice {
 impl Drop for Choice {
     /// Counts the choice, however it ended.
     fn drop(&mut self) {
+        self.settle_energy();
         let Clock { started, first_token, last_token } = self.clock;
         let request = &self.live.request;
         if let Some(charge) = &request.charge {
             charge.add_tokens(self.sampled);
+            charge.add_joules(self.spent.known());
+        }
+        if started.is_some() && self.energy.source().is_some() {
+            self.metrics.sequence_energy(&request.profile, self.spent.total(), self.sampled);
         }
         self.trace();
         self.metrics.sequence_finished(&SequenceTimings {

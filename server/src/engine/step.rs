@@ -20,12 +20,23 @@ use crate::telemetry::StepSample;
 const LOGIT_TILE: usize = 16;
 
 /// A row of the step with what its batch row borrows.
-struct Prepared {
-    scheduled: ScheduledSeq,
+pub(super) struct Prepared {
+    pub(super) scheduled: ScheduledSeq,
     plan: std::sync::Arc<Plan>,
     images: std::sync::Arc<[PromptImage]>,
     logits: LogitRows,
-    state: RowState,
+    pub(super) state: RowState,
+}
+
+impl Prepared {
+    /// Rows of logits that it asks for.
+    pub(super) fn num_logit_rows(&self) -> usize {
+        match self.logits {
+            LogitRows::None => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => self.scheduled.num_tokens,
+        }
+    }
 }
 
 impl Engine {
@@ -44,6 +55,7 @@ impl Engine {
             return self.isolate(rows, &message);
         }
         self.note_dropped(&rows);
+        self.meter(&rows);
         for row in &mut rows {
             if let Some(choice) = self.choices.get_mut(&row.scheduled.id) {
                 choice.ran(row.scheduled.num_tokens, std::mem::take(&mut row.state));
@@ -53,6 +65,7 @@ impl Engine {
         let sampled_at = Instant::now();
         let sampled = outcomes.values().filter(|o| !matches!(o, RowOutcome::Prefilled)).count();
         self.commit(&plan, outcomes);
+        self.judge(&rows);
         self.shared.metrics.step(&StepSample {
             tokens: plan.rows.iter().map(|row| row.num_tokens).sum(),
             sampled,
@@ -241,8 +254,10 @@ impl Engine {
             .collect();
         self.scheduler.commit(plan, &in_order);
         for (id, outcome) in outcomes {
-            if outcome == RowOutcome::Finished {
-                self.choices.remove(&id);
+            if outcome == RowOutcome::Finished
+                && let Some(choice) = self.choices.remove(&id)
+            {
+                self.learn(&choice);
             }
         }
     }

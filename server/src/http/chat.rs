@@ -43,6 +43,8 @@ pub(super) async fn create(
         n,
         add_special_tokens: common.add_special_tokens,
         cache_salt: common.cache_salt.take().unwrap_or_default(),
+        max_joules: common.max_joules,
+        deadline: common.deadline,
         compression: common.take_compression(profile_header(&headers)),
         prompt: Prompt::Chat(Box::new(ChatPrompt {
             messages,
@@ -154,7 +156,8 @@ impl Render for ChatRender {
 
     fn finish(&mut self, slot: usize, reason: FinishReason, stop: Option<String>) -> ChatChoice {
         let chunk = self.chunk(slot, ChatMessage::default());
-        ChatChoice { finish_reason: Some(reason.as_str()), stop_reason: stop, ..chunk }
+        let stop_reason = stop.or(reason.detail().map(str::to_owned));
+        ChatChoice { finish_reason: Some(reason.as_openai()), stop_reason, ..chunk }
     }
 
     fn merge(whole: &mut ChatChoice, chunk: ChatChoice) {

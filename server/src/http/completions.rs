@@ -45,6 +45,8 @@ pub(super) async fn create(
         prompt_logprobs: echo && completion.logprobs.is_some(),
         add_special_tokens: common.add_special_tokens,
         cache_salt: common.cache_salt.take().unwrap_or_default(),
+        max_joules: common.max_joules,
+        deadline: common.deadline,
         compression: common.take_compression(profile_header(&headers)),
         ..RawRequest::default()
     };
@@ -174,7 +176,8 @@ impl Render for CompletionRender {
     }
 
     fn finish(&mut self, slot: usize, reason: FinishReason, stop: Option<String>) -> CompletionChoice {
-        CompletionChoice { finish_reason: Some(reason.as_str()), stop_reason: stop, ..self.chunk(slot) }
+        let stop_reason = stop.or(reason.detail().map(str::to_owned));
+        CompletionChoice { finish_reason: Some(reason.as_openai()), stop_reason, ..self.chunk(slot) }
     }
 
     fn merge(whole: &mut CompletionChoice, chunk: CompletionChoice) {

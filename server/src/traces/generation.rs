@@ -8,6 +8,7 @@ use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
 use opentelemetry_sdk::trace::Span;
 
 use super::{CallSpan, Trace};
+use crate::energy::{EnergySum, EnergyUse};
 use crate::error::Error;
 use crate::request::{FinishReason, GenerateRequest, Prompt, RawRequest};
 
@@ -26,6 +27,7 @@ struct State {
     span: Span,
     output_tokens: i64,
     finish_reasons: Vec<StringValue>,
+    energy: EnergySum,
 }
 
 impl Trace {
@@ -55,7 +57,8 @@ impl Trace {
         let builder = call.tracer.span_builder(format!("{operation} {model}")).with_kind(SpanKind::Internal);
         let span = builder.with_attributes(attributes).start_with_context(&call.tracer, &parent);
         let context = Context::new().with_remote_span_context(span.span_context().clone());
-        let state = State { span, output_tokens: 0, finish_reasons: Vec::new() };
+        let state =
+            State { span, output_tokens: 0, finish_reasons: Vec::new(), energy: EnergySum::default() };
         Some(Arc::new(GenerationSpan { call, state: Mutex::new(state), context }))
     }
 }
@@ -71,9 +74,10 @@ impl GenerationSpan {
         ]);
     }
 
-    /// A choice ended after `tokens` tokens.
-    pub fn choice_ended(&self, reason: FinishReason, tokens: usize) {
+    /// A choice ended after `tokens` tokens, and was charged `energy`.
+    pub fn choice_ended(&self, reason: FinishReason, tokens: usize, energy: Option<EnergyUse>) {
         let mut state = self.state();
+        state.energy.add(energy);
         state.output_tokens += tokens as i64;
         state.finish_reasons.push(reason.as_str().into());
     }
@@ -110,6 +114,12 @@ impl Drop for GenerationSpan {
             state.span.set_attributes([
                 KeyValue::new("gen_ai.usage.output_tokens", state.output_tokens),
                 KeyValue::new("gen_ai.response.finish_reasons", Value::Array(Array::String(reasons))),
+            ]);
+        }
+        if let Some(EnergyUse { joules, source }) = state.energy.total() {
+            state.span.set_attributes([
+                KeyValue::new("rheostat.energy.joules", joules),
+                KeyValue::new("rheostat.energy.source", source.as_str()),
             ]);
         }
         state.span.end();

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rheostat::energy::Source;
 use rheostat::telemetry::{Metrics, MetricsCompat, ServedModel};
 
 /// Labels that Prometheus puts on every series, by what it scrapes.
@@ -24,6 +25,11 @@ fn series() -> BTreeMap<String, BTreeSet<String>> {
     let metrics = Metrics::new(&served, MetricsCompat::Vllm);
     metrics.http_request("/v1/models", "GET", 200);
     metrics.grpc_request("rheostat.v1.ModelService/ListModels", tonic::Code::Ok);
+    metrics.energy(Source::Estimate).watts(0.0);
+    metrics.sequence_energy("dense", Some(1.0), 1);
+    metrics.key("a key").admitted();
+    metrics.verbosity_flagged("chat");
+    metrics.verbosity_action("demote");
     let page = metrics.render();
     let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for line in page.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {

@@ -8,6 +8,7 @@ mod cancellation;
 mod clients;
 mod deploy;
 mod drain;
+mod energy;
 mod loadtest;
 mod security;
 mod soak;

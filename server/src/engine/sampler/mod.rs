@@ -33,6 +33,8 @@ pub(crate) struct Sampler {
     /// End-of-sequence and stop tokens: banned until `min_tokens` are sampled.
     ends: Arc<[u32]>,
     sampled: usize,
+    /// Added to the logits of end-of-sequence and stop tokens.
+    end_bias: f32,
     /// Modified logits, and later the kept candidates; empty until they are needed.
     scratch: Vec<f32>,
 }
@@ -44,7 +46,7 @@ impl Sampler {
         if params.repetition_penalty != 1.0 {
             seen.extend(prompt.iter().map(|&token| (token, 0)));
         }
-        Self { params, choice: choice as u64, seen, ends, sampled: 0, scratch: Vec::new() }
+        Self { params, choice: choice as u64, seen, ends, sampled: 0, end_bias: 0.0, scratch: Vec::new() }
     }
 
     /// Chooses a token from `logits`, `[vocab_size]`, and remembers it.
@@ -94,12 +96,25 @@ impl Sampler {
         }
     }
 
+    /// Adds `bias` to the logits of end-of-sequence and stop tokens from now on.
+    pub(crate) fn raise_end(&mut self, bias: f32) {
+        self.end_bias = bias;
+    }
+
+    /// Whether they are raised.
+    pub(crate) fn is_end_raised(&self) -> bool {
+        self.end_bias > 0.0
+    }
+
     fn bans_ends(&self) -> bool {
         self.sampled < self.params.min_tokens
     }
 
     fn modifies(&self) -> bool {
-        !self.seen.is_empty() || !self.params.logit_bias.is_empty() || self.bans_ends()
+        !self.seen.is_empty()
+            || !self.params.logit_bias.is_empty()
+            || self.bans_ends()
+            || self.is_end_raised()
     }
 
     fn modify(&self, logits: &mut [f32]) {
@@ -119,11 +134,10 @@ impl Sampler {
                 *logit += bias;
             }
         }
-        if self.bans_ends() {
-            for &token in self.ends.iter() {
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
+        let (bans, bias) = (self.bans_ends(), self.end_bias);
+        for &token in self.ends.iter().filter(|_| bans || bias > 0.0) {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit = if bans { f32::NEG_INFINITY } else { *logit + bias };
             }
         }
     }

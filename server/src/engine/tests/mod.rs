@@ -3,9 +3,11 @@
 
 mod batching;
 mod cancel;
+mod energy;
 mod failures;
 mod images;
 mod memory;
+mod verbosity;
 mod vision;
 
 use std::sync::Arc;
@@ -19,9 +21,10 @@ use super::Command;
 use super::events::{self, EventReceiver};
 use super::run::Engine;
 use super::sequence::Shared;
+use crate::energy::Energy;
 use crate::error::Error;
 use crate::memory::MemoryTargets;
-use crate::request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprob};
+use crate::request::{Budget, FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprob};
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
 
@@ -91,14 +94,25 @@ struct Bench {
 
 impl Bench {
     fn new(config: &SchedulerConfig, toy: ToyOptions) -> Self {
-        Self::over(config, Box::new(ToyModel::new(toy)))
+        Self::metered(config, toy, Arc::new(Energy::off()))
     }
 
+    /// One whose energy is metered.
+    fn metered(config: &SchedulerConfig, toy: ToyOptions, energy: Arc<Energy>) -> Self {
+        Self::of(config, Box::new(ToyModel::new(toy)), energy)
+    }
+
+    /// One over another model.
     fn over(config: &SchedulerConfig, model: Box<dyn CausalLm>) -> Self {
+        Self::of(config, model, Arc::new(Energy::off()))
+    }
+
+    fn of(config: &SchedulerConfig, model: Box<dyn CausalLm>, energy: Arc<Energy>) -> Self {
         let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
         let shared = Shared {
             tokenizer: Arc::new(Tokenizer::toy()),
             metrics: Arc::clone(&metrics),
+            energy,
             kv_layout: model.dims().kv_layout(config.block_size),
         };
         let engine =
@@ -160,6 +174,9 @@ fn request(prompt: &str) -> GenerateRequest {
         plan: Arc::new(Plan::dense(2)),
         profile: "dense".into(),
         cache_salt: 0,
+        budget: Budget::default(),
+        is_chat: false,
+        client: None,
         charge: None,
         queued: None,
         span: None,

@@ -1,6 +1,7 @@
 //! `rheostat.v1.GenerationService`.
 
 mod compression;
+mod energy;
 mod request;
 mod response;
 mod stream;

@@ -38,6 +38,8 @@ pub(super) fn raw_request(message: GenerateRequest) -> Result<RawRequest, Error>
         prompt_logprobs: message.prompt_logprobs,
         add_special_tokens: message.add_special_tokens,
         cache_salt: message.cache_salt,
+        max_joules: message.max_joules,
+        deadline: message.deadline_seconds,
         compression: compression::options(message.compression.unwrap_or_default())?,
     })
 }

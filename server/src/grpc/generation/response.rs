@@ -6,6 +6,7 @@ use model_zoo::compression::Plan;
 use model_zoo::tokenizer::Tokenizer;
 use rheostat_proto::rheostat::v1;
 
+use crate::energy::EnergySum;
 use crate::error::Error;
 use crate::request::{FinishReason, RawRequest, TokenLogprob, Work};
 use crate::service::{Admitted, Service};
@@ -13,6 +14,7 @@ use crate::service::{Admitted, Service};
 use super::super::completion::{ChoiceOutput, Completion};
 use super::super::status;
 use super::compression::{self, WeightUse};
+use super::energy;
 
 /// What of the optional parts a request asked for.
 #[derive(Debug, Clone, Copy)]
@@ -69,12 +71,14 @@ impl Wire {
     /// As [`Wire::prompt`].
     pub(super) fn response(&self, id: &str, completion: Completion) -> Result<v1::GenerateResponse, Error> {
         let cached = completion.choices.first().map_or(0, |choice| choice.usage.cached_tokens);
-        let (mut work, mut weights) = (Work::default(), WeightUse::default());
+        let (mut work, mut weights, mut charged) =
+            (Work::default(), WeightUse::default(), EnergySum::default());
         for (index, choice) in completion.choices.iter().enumerate() {
             work += choice.usage.work;
             weights.add(index, &choice.usage);
+            charged.add(choice.usage.energy);
         }
-        let usage = self.usage(cached, completion.completion_tokens(), (work, weights));
+        let usage = self.usage((cached, completion.completion_tokens()), (work, weights), charged);
         let prompt = match self.asked.echo || self.asked.prompt_logprobs {
             true => Some(self.prompt(completion.prompt.as_deref().unwrap_or_default())?),
             false => None,
@@ -104,15 +108,16 @@ impl Wire {
     /// cache, and every choice's tokens and work.
     pub(super) fn usage(
         &self,
-        cached: usize,
-        completion_tokens: usize,
+        (cached, completion_tokens): (usize, usize),
         (work, weights): (Work, WeightUse),
+        charged: EnergySum,
     ) -> v1::Usage {
         v1::Usage {
             prompt_tokens: self.prompt_tokens(),
             cached_tokens: cached as u32,
             completion_tokens: completion_tokens as u32,
             compression: Some(compression::usage((&self.profile, self.plan.options()), work, weights)),
+            energy: charged.total().map(energy::usage),
         }
     }
 
@@ -170,5 +175,8 @@ pub(super) fn finish_reason(reason: FinishReason) -> v1::FinishReason {
         FinishReason::Length => v1::FinishReason::Length,
         FinishReason::Abort => v1::FinishReason::Abort,
         FinishReason::Error => v1::FinishReason::Error,
+        FinishReason::MaxJoules => v1::FinishReason::MaxJoules,
+        FinishReason::Deadline => v1::FinishReason::Deadline,
+        FinishReason::Verbosity => v1::FinishReason::Verbosity,
     }
 }

@@ -5,6 +5,7 @@ use rheostat_proto::rheostat::v1;
 use rheostat_proto::rheostat::v1::generate_stream_response::Event;
 use tonic::Status;
 
+use crate::energy::EnergySum;
 use crate::error::Error;
 use crate::request::{TokenEvent, Work};
 use crate::service::Admitted;
@@ -26,6 +27,7 @@ pub(super) fn responses(admitted: Admitted, wire: Wire) -> impl Stream<Item = Re
         completion_tokens: 0,
         work: Work::default(),
         weights: WeightUse::default(),
+        charged: EnergySum::default(),
     };
     // The end of the events is itself an event: it tells a complete request from a lost engine.
     let events = admitted.stream.map(Some).chain(stream::once(std::future::ready(None)));
@@ -56,6 +58,7 @@ struct Progress {
     completion_tokens: usize,
     work: Work,
     weights: WeightUse,
+    charged: EnergySum,
 }
 
 impl Progress {
@@ -74,6 +77,7 @@ impl Progress {
                 self.completion_tokens += usage.completion_tokens;
                 self.work += usage.work;
                 self.weights.add(choice, &usage);
+                self.charged.add(usage.energy);
                 if choice == 0 {
                     self.cached_tokens = usage.cached_tokens;
                 }
@@ -88,7 +92,8 @@ impl Progress {
             None if self.open > 0 => Err(status::engine_stopped().into()),
             None => {
                 let weights = std::mem::take(&mut self.weights);
-                let usage = self.wire.usage(self.cached_tokens, self.completion_tokens, (self.work, weights));
+                let tokens = (self.cached_tokens, self.completion_tokens);
+                let usage = self.wire.usage(tokens, (self.work, weights), self.charged);
                 event(Event::Completed(v1::Completed { usage: Some(usage) }))
             }
         }

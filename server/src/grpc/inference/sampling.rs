@@ -75,6 +75,8 @@ fn set(raw: &mut RawRequest, given: &Parameter<'_>) -> Result<bool, Error> {
         "ignore_eos" => sampling.ignore_eos = given.flag()?,
         "include_stop_str_in_output" => sampling.include_stop = given.flag()?,
         "skip_special_tokens" => sampling.skip_special_tokens = given.flag()?,
+        "max_joules" => raw.max_joules = Some(given.float()?.into()),
+        "deadline" => raw.deadline = Some(given.float()?.into()),
         "min_tokens" => {
             sampling.min_tokens =
                 given.integer()?.try_into().map_err(|_| given.error("must not be negative"))?;

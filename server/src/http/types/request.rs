@@ -39,6 +39,11 @@ pub(crate) struct CommonFields {
     pub(crate) add_special_tokens: Option<bool>,
     /// Requests share cached prefixes only with equal salts.
     pub(crate) cache_salt: Option<String>,
+    /// Joules that it may cost at most, over all choices: it ends with what it has before one more step would cost
+    /// more. Needs a server that has a meter.
+    pub(crate) max_joules: Option<f64>,
+    /// Seconds from its arrival after which it ends with what it has.
+    pub(crate) deadline: Option<f64>,
     /// What of the model to run.
     #[schema(value_type = Option<Object>, example = json!({"profile": "eco", "drop": {"attention": 4}, "think": {"ratio": 0.4}}))]
     pub(crate) compression: Option<CompressionOptions>,

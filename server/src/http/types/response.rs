@@ -6,6 +6,7 @@ use model_zoo::compression::{CompressionOptions, VisualUse};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::energy::{EnergySum, EnergyUse};
 use crate::request::ChoiceUsage;
 
 /// Tokens of a whole request.
@@ -16,6 +17,20 @@ pub(crate) struct Usage {
     total_tokens: usize,
     prompt_tokens_details: PromptDetails,
     compression: CompressionUsage,
+    /// What it was charged; not there without a meter, or where a counter was set back meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    energy: Option<EnergyUsage>,
+    #[serde(skip)]
+    energy_sum: EnergySum,
+}
+
+/// What a request was charged.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+pub(crate) struct EnergyUsage {
+    /// Over all choices, beside what the machine draws when nothing runs.
+    joules: f64,
+    /// `nvml`, `rapl`, or `estimate`: by what they were measured.
+    source: &'static str,
 }
 
 /// What of the model the request ran.
@@ -100,6 +115,11 @@ impl Usage {
             self.prompt_tokens_details.cached_tokens += usage.cached_tokens;
         }
         self.completion_tokens += usage.completion_tokens;
+        self.energy_sum.add(usage.energy);
+        self.energy = self
+            .energy_sum
+            .total()
+            .map(|EnergyUse { joules, source }| EnergyUsage { joules, source: source.as_str() });
         let (sum, work) = (&mut self.compression, &usage.work);
         sum.attention_layers_run += work.attention_layers;
         sum.ffn_layers_run += work.ffn_layers;
@@ -144,7 +164,7 @@ pub(crate) struct CompletionChoice {
     pub(crate) text: String,
     pub(crate) logprobs: Option<CompletionLogprobs>,
     pub(crate) finish_reason: Option<&'static str>,
-    /// The stop text that ended it.
+    /// The stop text that ended it, or the budget (`max_joules`, `deadline`) that was used up, or `verbosity`.
     pub(crate) stop_reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) token_ids: Option<Vec<u32>>,
@@ -194,7 +214,7 @@ pub(crate) struct ChatChoice {
     pub(crate) delta: Option<ChatMessage>,
     pub(crate) logprobs: Option<ChatLogprobs>,
     pub(crate) finish_reason: Option<&'static str>,
-    /// The stop text that ended it.
+    /// The stop text that ended it, or the budget (`max_joules`, `deadline`) that was used up.
     pub(crate) stop_reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) token_ids: Option<Vec<u32>>,

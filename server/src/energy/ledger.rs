@@ -1,0 +1,201 @@
+//! Who pays for what the meter counts. Pure: readings and work in, joules out. The rule is in [`super`].
+
+use std::time::{Duration, Instant};
+
+use super::meter::Reading;
+
+/// An idle window of at least this long says what the machine draws when nothing runs.
+const IDLE_WINDOW: Duration = Duration::from_millis(500);
+/// Weight of the newest window in averages.
+const NEWEST: f64 = 0.2;
+
+/// What a row was doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Its prompt, or everything again after a preemption.
+    Prefill,
+    /// One token after the other.
+    Decode,
+}
+
+/// What a row did in a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Work {
+    /// Whose it is.
+    pub id: u64,
+    /// What it was doing.
+    pub phase: Phase,
+    /// How much, in any unit that is the same for all.
+    pub amount: f64,
+}
+
+/// What a piece of work was charged.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Paid {
+    /// Whose it was.
+    pub id: u64,
+    /// What it was doing.
+    pub phase: Phase,
+    /// Joules; `None` where a counter was set back meanwhile, so that nobody knows.
+    pub joules: Option<f64>,
+}
+
+/// Joules since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Totals {
+    /// Charged for prefill.
+    pub prefill: f64,
+    /// Charged for decode.
+    pub decode: f64,
+    /// Charged to nobody.
+    pub idle: f64,
+    /// What the meter said: the sum of the three, less what was charged too early and is still to be paid back.
+    pub metered: f64,
+    /// Times that a counter was set back.
+    pub resets: u64,
+}
+
+/// The books.
+#[derive(Debug)]
+pub struct Ledger {
+    last: Reading,
+    /// Watts when nothing runs: as told, or learned.
+    idle_watts: f64,
+    learns_idle: Option<bool>,
+    /// Work of the window that is open.
+    open: Vec<Work>,
+    /// Work and joules of those that left the open window.
+    left: (f64, f64),
+    /// Joules of a unit of work, of the last windows.
+    rate: Option<f64>,
+    /// Joules that were charged beyond what there was.
+    debt: f64,
+    totals: Totals,
+    paid: Vec<Paid>,
+}
+
+impl Ledger {
+    /// Books that begin with `first`. Where `idle_watts` is not told, it is learned.
+    pub fn new(first: Reading, idle_watts: Option<f64>) -> Self {
+        Self {
+            last: first,
+            idle_watts: idle_watts.unwrap_or(0.0),
+            learns_idle: idle_watts.is_none().then_some(false),
+            open: Vec::new(),
+            left: (0.0, 0.0),
+            rate: None,
+            debt: 0.0,
+            totals: Totals::default(),
+            paid: Vec::new(),
+        }
+    }
+
+    /// Joules so far.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Charged so far beyond what the meter has said: 0, or a part of a window.
+    pub fn debt(&self) -> f64 {
+        self.debt
+    }
+
+    /// How long the open window has been open.
+    pub fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.last.at)
+    }
+
+    /// Adds work that was done in the open window.
+    pub fn add(&mut self, work: impl IntoIterator<Item = Work>) {
+        self.open.extend(work);
+    }
+
+    /// `id` ends before the window does: what it is charged for its work in it, prefill and decode. `None` where no
+    /// window has said yet what work costs.
+    pub fn leave(&mut self, id: u64) -> Option<[f64; 2]> {
+        let mut joules = [0.0; 2];
+        if self.open.iter().all(|work| work.id != id) {
+            return Some(joules);
+        }
+        // Without a rate its work stays in the window, and its share is charged to somebody who is gone.
+        let rate = self.rate?;
+        let left = &mut self.left;
+        self.open.retain(|work| {
+            if work.id == id {
+                joules[work.phase as usize] += work.amount * rate;
+                left.0 += work.amount;
+            }
+            work.id != id
+        });
+        left.1 += joules.iter().sum::<f64>();
+        self.totals.prefill += joules[Phase::Prefill as usize];
+        self.totals.decode += joules[Phase::Decode as usize];
+        Some(joules)
+    }
+
+    /// Ends the window with `reading` and charges its work.
+    pub fn close(&mut self, reading: Reading) -> &[Paid] {
+        let elapsed = self.age(reading.at);
+        let joules = (reading.joules - self.last.joules).max(0.0);
+        self.last = reading;
+        self.paid.clear();
+        let (left_work, left_joules) = std::mem::take(&mut self.left);
+        let work: f64 = self.open.iter().map(|work| work.amount).sum();
+        if reading.reset {
+            self.lose(left_joules);
+            return &self.paid;
+        }
+        self.totals.metered += joules;
+        let is_idle = work + left_work <= 0.0;
+        if is_idle && elapsed >= IDLE_WINDOW {
+            self.learn_idle(joules / elapsed.as_secs_f64());
+        }
+        let idle = if is_idle { joules } else { joules.min(self.idle_watts * elapsed.as_secs_f64()) };
+        let active = joules - idle;
+        if work + left_work > 0.0 {
+            let newest = active / (work + left_work);
+            self.rate = Some(self.rate.map_or(newest, |rate| rate + NEWEST * (newest - rate)));
+        }
+        // What is left after those that were charged before the window ended.
+        let rest = self.settle(active - left_joules);
+        let (rest, idle) = if work > 0.0 { (rest, idle) } else { (0.0, idle + rest) };
+        self.totals.idle += self.settle(idle);
+        self.pay(rest, work);
+        &self.paid
+    }
+
+    /// What of `joules` can be charged now: debts come first, and what is below zero becomes one.
+    fn settle(&mut self, joules: f64) -> f64 {
+        let rest = joules - self.debt;
+        self.debt = (-rest).max(0.0);
+        rest.max(0.0)
+    }
+
+    fn pay(&mut self, joules: f64, work: f64) {
+        for Work { id, phase, amount } in self.open.drain(..) {
+            let own = joules * amount / work;
+            match phase {
+                Phase::Prefill => self.totals.prefill += own,
+                Phase::Decode => self.totals.decode += own,
+            }
+            self.paid.push(Paid { id, phase, joules: Some(own) });
+        }
+    }
+
+    /// A window whose energy nobody knows. Those that left it early were charged; the meter is taken to have said
+    /// as much.
+    fn lose(&mut self, left_joules: f64) {
+        self.totals.resets += 1;
+        self.totals.metered += left_joules;
+        let lost = |work: Work| Paid { id: work.id, phase: work.phase, joules: None };
+        self.paid.extend(self.open.drain(..).map(lost));
+    }
+
+    fn learn_idle(&mut self, watts: f64) {
+        if let Some(has_learned) = &mut self.learns_idle {
+            let known = std::mem::replace(has_learned, true);
+            self.idle_watts =
+                if known { self.idle_watts + NEWEST * (watts - self.idle_watts) } else { watts };
+        }
+    }
+}
