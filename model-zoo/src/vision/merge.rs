@@ -25,10 +25,8 @@ pub fn merge((states, grid): (&[f32], usize), threshold: f32) -> Merged {
     let width = states.len() / (grid * grid);
     let norms: Vec<f32> = states.chunks_exact(width).map(|state| dot(state, state).sqrt()).collect();
     let side = grid / WINDOW;
-    let mut is_merged = vec![false; side * side];
-    for window in 0..side * side {
-        is_merged[window] = mean_cosine(&members(window, grid), (states, &norms), width) >= threshold;
-    }
+    let is_alike = |window| mean_cosine(&members(window, grid), (states, &norms), width) >= threshold;
+    let is_merged: Vec<bool> = (0..side * side).map(is_alike).collect();
     let mut merged = Merged { states: Vec::new(), places: Vec::new(), sizes: Vec::new() };
     for place in 0..grid * grid {
         let (row, column) = (place / grid, place % grid);

@@ -39,7 +39,8 @@ impl Metered {
     }
 
     async fn complete(&self, key: &str, fields: Value) -> Answer {
-        let mut body = json!({"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, "ignore_eos": true});
+        let mut body =
+            json!({"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, "ignore_eos": true});
         body.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
         let body = body.to_string();
         let head = format!(
@@ -56,7 +57,8 @@ impl Metered {
     /// Sums of the series of a counter, by whether their labels have `label`.
     async fn sum(&self, name: &str, label: &str) -> f64 {
         let (_, page) = request(self.server.http, "GET", "/metrics", b"").await;
-        let lines = page.lines().filter(|line| line.starts_with(&format!("{name}{{")) && line.contains(label));
+        let lines =
+            page.lines().filter(|line| line.starts_with(&format!("{name}{{")) && line.contains(label));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 }
@@ -73,7 +75,12 @@ async fn joules_add_up_and_budgets_hold() {
     let metered = Metered::start().await;
     let free = metered.free.as_str();
     // Requests of many lengths, plans and choices, at once.
-    let plans = [json!({}), json!({"profile": "eco"}), json!({"drop": {"attention": 3}}), json!({"think": {"ratio": 0.4}})];
+    let plans = [
+        json!({}),
+        json!({"profile": "eco"}),
+        json!({"drop": {"attention": 3}}),
+        json!({"think": {"ratio": 0.4}}),
+    ];
     let calls = (0..24usize).map(|i| {
         let fields = json!({
             "prompt": "A tale of the sea. ".repeat(1 + i * 5 % 17), "max_tokens": 4 + i * 7 % 30, "n": 1 + i % 2,
@@ -108,7 +115,11 @@ async fn joules_add_up_and_budgets_hold() {
     let choice = &limited.body["choices"][0];
     assert_eq!((&choice["finish_reason"], &choice["stop_reason"]), (&json!("length"), &json!("max_joules")));
     let tokens = limited.body["usage"]["completion_tokens"].as_u64().expect("a count");
-    assert!((1..60).contains(&tokens) && !choice["text"].as_str().expect("a text").is_empty(), "{}", limited.body);
+    assert!(
+        (1..60).contains(&tokens) && !choice["text"].as_str().expect("a text").is_empty(),
+        "{}",
+        limited.body
+    );
     // The steps of a shared machine differ: the last may cost more than the one before it.
     assert!(joules(&limited) < 0.6 * whole, "{} of {whole}", joules(&limited));
     let late = metered.complete(free, json!({"max_tokens": 1500, "deadline": 0.2})).await;
@@ -117,7 +128,12 @@ async fn joules_add_up_and_budgets_hold() {
     for wrong in [json!({"max_joules": 0}), json!({"deadline": -1.5})] {
         let name = wrong.as_object().expect("an object").keys().next().expect("a name").clone();
         let refused = metered.complete(free, wrong).await;
-        assert_eq!((refused.status, &refused.body["error"]["param"]), (400, &json!(name)), "{}", refused.body);
+        assert_eq!(
+            (refused.status, &refused.body["error"]["param"]),
+            (400, &json!(name)),
+            "{}",
+            refused.body
+        );
     }
 
     // A key that is over its joules is told when to come back, and others are not.
@@ -125,7 +141,8 @@ async fn joules_add_up_and_budgets_hold() {
     until(async || refused().await.status == 429).await;
     let refused = refused().await;
     assert!(refused.status == 429 && refused.body.to_string().contains("joules"), "{}", refused.body);
-    let after = refused.head.split("retry-after: ").nth(1).and_then(|rest| rest.split("\r\n").next()?.parse().ok());
+    let after =
+        refused.head.split("retry-after: ").nth(1).and_then(|rest| rest.split("\r\n").next()?.parse().ok());
     assert!(after.is_some_and(|seconds: u32| seconds > 1), "{}", refused.head);
     assert_eq!(metered.complete(free, json!({})).await.status, 200);
     assert!(metered.sum("rheostat_key_energy_joules_total", "key=\"limited\"").await > 0.0);

@@ -213,7 +213,7 @@ impl CpuDecoder {
             if row.kv_len.len() != layers || row.block_tables.len() != layers {
                 return fail(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
             }
-            visual::check(row).or_else(|what| fail(what))?;
+            visual::check(row).or_else(fail)?;
             for (layer, (table, &len)) in row.block_tables.iter().zip(row.kv_len).enumerate() {
                 let active = visual::slots(row, layer);
                 let slots = pruned::packed(row, (layer, layout.block_size));

@@ -260,7 +260,7 @@ fn the_shipped_encoder_merges_and_tells_what_matters() {
         let places = merged.places.unwrap();
         assert_eq!(merged.rows.len(), 576 * places.len());
         assert_eq!(merged.salience.len(), places.len());
-        assert!(places.len() <= most && places.len() >= 64 && (576 - places.len()) % 8 == 0);
+        assert!(places.len() <= most && places.len() >= 64 && (576 - places.len()).is_multiple_of(8));
         most = places.len();
         println!("{threshold}: {most} tokens");
     }

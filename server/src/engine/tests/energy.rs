@@ -42,9 +42,9 @@ fn scripted(step: fn(u64) -> f64, resets_at: Option<u64>) -> (Arc<Energy>, Arc<M
 }
 
 /// What a finished request says that it was charged, over its choices.
-fn charged(events: &mut mpsc::Receiver<TokenEvent>) -> Vec<(FinishReason, usize, Option<EnergyUse>)> {
+fn charged(events: &mut EventReceiver) -> Vec<(FinishReason, usize, Option<EnergyUse>)> {
     let mut ends = Vec::new();
-    while let Ok(event) = events.try_recv() {
+    while let Some(event) = events.try_next() {
         if let TokenEvent::Finished { reason, usage, .. } = event {
             ends.push((reason, usage.completion_tokens, usage.energy));
         }

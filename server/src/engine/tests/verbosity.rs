@@ -70,7 +70,7 @@ impl CausalLm for Model {
 struct Arena {
     bench: Bench,
     clock: Arc<AtomicU64>,
-    open: Vec<(GenerateRequest, u64, mpsc::Receiver<TokenEvent>)>,
+    open: Vec<(GenerateRequest, u64, EventReceiver)>,
     sent: u32,
 }
 
@@ -133,7 +133,7 @@ impl Arena {
                 }
                 let mut tokens = 0;
                 let mut reason = None;
-                while let Ok(event) = events.try_recv() {
+                while let Some(event) = events.try_next() {
                     if let TokenEvent::Finished { reason: why, usage, .. } = event {
                         (reason, tokens) = (Some(why), usage.completion_tokens);
                     }

@@ -106,7 +106,7 @@ fn alone(request: &GenerateRequest) -> (Received, crate::request::ChoiceUsage) {
     bench.finish();
     let mut usage = None;
     let mut all = Received::default();
-    while let Ok(event) = events.try_recv() {
+    while let Some(event) = events.try_next() {
         if let TokenEvent::Finished { usage: own, .. } = &event {
             usage = Some(own.clone());
         }
@@ -172,7 +172,7 @@ fn a_second_question_shares_the_text_before_the_image_and_nothing_after() {
         let request = asker.request(&format!("{system}# what is it?"), compression);
         let mut events = bench.submit(&request);
         bench.finish();
-        let last = std::iter::from_fn(|| events.try_recv().ok()).last();
+        let last = std::iter::from_fn(|| events.try_next()).last();
         match last {
             Some(TokenEvent::Finished { usage, .. }) => usage.cached_tokens,
             other => panic!("{other:?} is not the end"),

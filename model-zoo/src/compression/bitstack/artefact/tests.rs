@@ -25,8 +25,8 @@ fn shape(linear: LinearId, config: &DecoderConfig) -> Shape {
 
 fn block(linear: LinearId, level: usize, shape: Shape) -> Block {
     let seed = 31 * linear.index() + level;
-    let byte = |i: usize| ((i + seed) * 2_654_435_761 >> 7) as u8;
-    let half = |i: usize| ((i + seed) * 40_503 >> 3) as u16;
+    let byte = |i: usize| (((i + seed) * 2_654_435_761) >> 7) as u8;
+    let half = |i: usize| (((i + seed) * 40_503) >> 3) as u16;
     Block {
         linear,
         level,
