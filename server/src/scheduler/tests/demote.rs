@@ -33,7 +33,7 @@ fn a_demoted_sequence_decodes_in_every_fourth_step_while_others_run() {
 }
 
 #[test]
-fn a_demoted_sequence_is_the_first_to_lose_its_pages_and_runs_on_when_nobody_else_can() {
+fn a_demoted_sequence_is_the_first_to_lose_its_pages_though_it_came_first() {
     check(
         "batched=16 pages=5 seqs=4",
         "
@@ -43,15 +43,19 @@ fn a_demoted_sequence_is_the_first_to_lose_its_pages_and_runs_on_when_nobody_els
         => A[0..7]* | used 2 cached 0 free 3
         add B y7 max=9
         step
-        => A[7..8]* B[0..7]* | used 4 cached 0 free 1
+        => B[0..7]* | used 4 cached 0 free 1
         step
         => B[7..8]* | used 4 cached 0 free 1
         step
         => B[8..9]* | used 5 cached 0 free 0
         step
-        => B[9..10]* | used 5 cached 0 free 0
-        run
-        => 20 steps | used 0 cached 0 free 0
+        => B[9..10]* A[7..8]* | used 5 cached 0 free 0
+        step
+        => B[10..11]* | used 5 cached 0 free 0
+        step
+        => B[11..12]* | used 5 cached 0 free 0
+        step
+        => B[12..13]* -A | used 4 cached 1 free 0
         ",
     );
 }
