@@ -19,7 +19,7 @@ const TOKENS: usize = 24;
 /// The KV pool, all of which may become resident.
 const KV: u64 = 2 << 20;
 /// What the server may hold besides: activations, requests, one block on its way, what the allocator keeps.
-const OVERHEAD: u64 = 4 << 20;
+const OVERHEAD: u64 = 8 << 20;
 
 fn start(flags: &[&str]) -> ServerProcess {
     ServerProcess::start(Path::new(env!("CARGO_BIN_EXE_rheostat-under-test")), flags)
@@ -135,7 +135,8 @@ async fn a_thousand_budgets_under_load_fail_nobody_and_change_no_text() {
     let model = Model::new();
     let base = model.bytes[0].to_string();
     let kv = KV.to_string();
-    let server = start(&["--model", model.path(), "--memory-weights", &base, "--memory-kv", &kv]);
+    let memory = ["--memory-weights", &base, "--memory-kv", &kv, "--max-num-batched-tokens", "64"];
+    let server = start(&[&["--model", model.path()], &memory[..]].concat());
     let resident = server.resident_bytes();
     let stop = AtomicBool::new(false);
     let streams = (0..STREAMS).map(|first| stream(&server, (first, &stop)));
