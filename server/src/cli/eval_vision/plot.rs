@@ -78,9 +78,10 @@ fn chart<'a>(
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         chart.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?;
         chart.draw_series(points.iter().map(|&point| Circle::new(point, 4, color.filled())))?;
-        if let Some(&last) = points.last() {
+        // Families meet where most is kept: names stand where they are apart.
+        if let Some(&lowest) = points.iter().min_by(|a, b| a.1.total_cmp(&b.1)) {
             let font = ("sans-serif", 15).into_font().color(&color);
-            chart.draw_series([Text::new(format!("  {family}"), last, font)])?;
+            chart.draw_series([Text::new(format!("  {family}"), lowest, font)])?;
         }
     }
     Ok(())
