@@ -66,8 +66,9 @@ pub struct Ledger {
     open: Vec<Work>,
     /// Work and joules of those that left the open window.
     left: (f64, f64),
-    /// Joules of a unit of work, of the last windows.
-    rate: Option<f64>,
+    /// Means of joules and of work over the last windows with work: their ratio is what a unit of work costs.
+    /// (The mean of ratios would be that of windows with little work.)
+    means: Option<(f64, f64)>,
     /// Joules that were charged beyond what there was.
     debt: f64,
     totals: Totals,
@@ -83,7 +84,7 @@ impl Ledger {
             learns_idle: idle_watts.is_none().then_some(false),
             open: Vec::new(),
             left: (0.0, 0.0),
-            rate: None,
+            means: None,
             debt: 0.0,
             totals: Totals::default(),
             paid: Vec::new(),
@@ -117,8 +118,10 @@ impl Ledger {
         if self.open.iter().all(|work| work.id != id) {
             return Some(joules);
         }
-        // Without a rate its work stays in the window, and its share is charged to somebody who is gone.
-        let rate = self.rate?;
+        // Without means its work stays in the window, and its share is charged to somebody who is gone.
+        let (mean_joules, mean_work) = self.means?;
+        // The deeper in debt, the less is charged early.
+        let rate = mean_joules / mean_work * mean_joules / (mean_joules + self.debt).max(f64::MIN_POSITIVE);
         let left = &mut self.left;
         self.open.retain(|work| {
             if work.id == id {
@@ -153,8 +156,10 @@ impl Ledger {
         let idle = if is_idle { joules } else { joules.min(self.idle_watts * elapsed.as_secs_f64()) };
         let active = joules - idle;
         if work + left_work > 0.0 {
-            let newest = active / (work + left_work);
-            self.rate = Some(self.rate.map_or(newest, |rate| rate + NEWEST * (newest - rate)));
+            let newest = (active, work + left_work);
+            let mean = |old: f64, new: f64| old + NEWEST * (new - old);
+            self.means =
+                Some(self.means.map_or(newest, |old| (mean(old.0, newest.0), mean(old.1, newest.1))));
         }
         // What is left after those that were charged before the window ended.
         let rest = self.settle(active - left_joules);

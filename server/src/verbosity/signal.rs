@@ -23,8 +23,9 @@ pub fn signal(logits: &[f32], ends: &[(u32, f32)]) -> Option<Signal> {
     }
     let (mut z, mut t) = ([0.0f32; LANES], [0.0f32; LANES]);
     let mut add = |lane: usize, logit: f32| {
-        // Below e⁻⁸⁰ nothing counts; −∞ is a token that is banned.
-        let x = (logit - max).max(-80.0);
+        let x = logit - max;
+        // Below e⁻⁸⁰ nothing counts; −∞ is a token that is banned. What is no number stays none.
+        let x = if x < -80.0 { -80.0 } else { x };
         let e = x.exp();
         z[lane] += e;
         t[lane] += x * e;
