@@ -63,7 +63,7 @@ impl Bench {
     fn new(model: Box<dyn CausalLm>, sequences: usize, max_len: usize) -> Result<Self> {
         let layers = model.dims().num_layers;
         let pages = max_len.div_ceil(BLOCK_SIZE);
-        let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), sequences * layers * pages)?;
+        let kv = model.new_kv(model.dims().kv_layout(BLOCK_SIZE), sequences * layers * pages)?;
         let mut ids = 0..(sequences * layers * pages) as PageId;
         let sequences = (0..sequences)
             .map(|_| Sequence {

@@ -58,6 +58,9 @@ pub enum ZooError {
         /// The operating system's answer.
         source: std::io::Error,
     },
+    /// A GPU cannot be used, or failed.
+    #[error("{0}")]
+    Device(String),
     /// candle refused an operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -64,7 +64,7 @@ impl<'m> Runner<'m> {
     pub fn new(model: &'m mut dyn CausalLm, num_sequences: usize, capacity: usize) -> Result<Self> {
         // Twice: packed pages lie beside the dense ones that they are made of.
         let num_pages = 2 * num_sequences * model.dims().num_layers * capacity.div_ceil(BLOCK_SIZE);
-        let kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages)?;
+        let kv = model.new_kv(model.dims().kv_layout(BLOCK_SIZE), num_pages)?;
         Ok(Self { model, kv, capacity })
     }
 

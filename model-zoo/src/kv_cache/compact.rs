@@ -13,12 +13,12 @@ impl KvCache {
                 [first + from, first + to].map(|slot| (table[slot / block_size], slot % block_size));
             for channel in 0..channels {
                 let keys = channel * block_size;
-                self.pages.copy((source, keys + from), (target, keys + to), 1);
+                self.pages_mut().copy((source, keys + from), (target, keys + to), 1);
             }
             for head in 0..num_kv_heads {
                 let values = channels * block_size + head * block_size * head_dim;
                 let [from, to] = [from, to].map(|slot| values + slot * head_dim);
-                self.pages.copy((source, from), (target, to), head_dim);
+                self.pages_mut().copy((source, from), (target, to), head_dim);
             }
         }
     }

@@ -104,7 +104,7 @@ impl KvCache {
             let score = |channel: usize| {
                 let mut sum = 0f64;
                 for first in (0..num_slots).step_by(block_size) {
-                    let page = self.pages.page(table[first / block_size]);
+                    let page = self.pages().page(table[first / block_size]);
                     let start = (head * head_dim + channel) * block_size;
                     let keys = &page[start..start + block_size.min(num_slots - first)];
                     sum +=
@@ -135,18 +135,13 @@ impl KvCache {
                 let own = &channels[head * packed.kept..(head + 1) * packed.kept];
                 for (line, &channel) in (packed.key_line(group, head)..).zip(own) {
                     let from = (head * head_dim + channel as usize) * block_size + offset;
-                    self.pages.copy((source, from), packed.place(table, line), LINE);
+                    self.pages_mut().copy((source, from), packed.place(table, line), LINE);
                 }
                 let from = values + (head * block_size + offset) * head_dim;
                 for (index, line) in (packed.value_line(group, head)..).take(head_dim).enumerate() {
-                    self.pages.copy((source, from + index * LINE), packed.place(table, line), LINE);
+                    self.pages_mut().copy((source, from + index * LINE), packed.place(table, line), LINE);
                 }
             }
         }
-    }
-
-    /// Copies a page.
-    pub fn copy_page(&mut self, from: PageId, to: PageId) {
-        self.pages.copy((from, 0), (to, 0), self.layout.page_len());
     }
 }

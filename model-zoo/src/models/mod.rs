@@ -61,6 +61,14 @@ pub trait CausalLm: Send {
     /// [`crate::ZooError::Step`] when `rows` is outside the last step.
     fn logits(&mut self, rows: std::ops::Range<usize>) -> Result<&[f32]>;
 
+    /// A pool of `num_pages` pages of `layout` for this model's steps.
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Memory`] or [`crate::ZooError::Device`] when there is no room for it.
+    fn new_kv(&self, layout: KvLayout, num_pages: usize) -> Result<KvCache> {
+        KvCache::new(layout, num_pages)
+    }
+
     /// The weights, where they can be held in part.
     fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
         None

@@ -64,7 +64,7 @@ impl Runner {
     /// The same over a loaded model.
     pub(crate) fn of(model: Box<dyn CausalLm>, num_sequences: usize, capacity: usize) -> Self {
         let num_pages = num_sequences * model.dims().num_layers * capacity.div_ceil(BLOCK_SIZE);
-        let mut kv = KvCache::new(model.dims().kv_layout(BLOCK_SIZE), num_pages).unwrap();
+        let mut kv = model.new_kv(model.dims().kv_layout(BLOCK_SIZE), num_pages).unwrap();
         (0..num_pages).for_each(|page| kv.poison(page as PageId));
         // A step that is prime and larger than the pool visits every page once.
         let free = (0..num_pages).map(|i| ((i * 10_007 + 3) % num_pages) as PageId).collect();

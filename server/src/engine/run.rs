@@ -53,7 +53,7 @@ impl Engine {
         (config, memory): (&SchedulerConfig, MemoryTargets),
         shared: Shared,
     ) -> model_zoo::Result<Self> {
-        let kv = KvCache::new(model.dims().kv_layout(config.block_size), config.num_pages)?;
+        let kv = model.new_kv(model.dims().kv_layout(config.block_size), config.num_pages)?;
         let blocks = model.elastic().map_or(0, |elastic| elastic.held());
         let budgets = Budgets::new(memory, (blocks, config.num_pages, kv.layout().page_bytes()));
         let scheduler = Scheduler::new(config.clone());

@@ -192,6 +192,9 @@ impl CpuDecoder {
         if layout != self.dims.kv_layout(layout.block_size) || !layout.block_size.is_multiple_of(SLOTS) {
             return Err(ZooError::Step(format!("pages of layout {layout:?} do not fit this model")));
         }
+        if kv.device_pages().is_some() {
+            return Err(ZooError::Step("the pages are on a device; this model runs on the CPU".into()));
+        }
         let layers = self.config.num_layers;
         for (index, row) in batch.rows.iter().enumerate() {
             let fail = |what: String| Err(ZooError::Step(format!("row {index}: {what}")));
