@@ -5,6 +5,7 @@ pub mod elastic;
 pub mod toy;
 
 use crate::Result;
+use crate::compression::Plan;
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::models::elastic::ElasticWeights;
 use crate::step::StepBatch;
@@ -41,6 +42,23 @@ impl ModelDims {
     }
 }
 
+/// How the next token of one logit row is drawn: temperature, then min_p, top_k, top_p.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// The row of logits.
+    pub row: usize,
+    /// Heaviest tokens kept; 0 for all.
+    pub top_k: u32,
+    /// 0 takes the likeliest token, of equals the one of lowest id.
+    pub temperature: f32,
+    /// The mass of the heaviest tokens that are kept.
+    pub top_p: f32,
+    /// The least weight, beside the heaviest token's.
+    pub min_p: f32,
+    /// The draw, in [0, 1).
+    pub uniform: f32,
+}
+
 /// A causal language model that runs ragged steps over paged KV.
 pub trait CausalLm: Send {
     /// The model's sizes.
@@ -69,8 +87,41 @@ pub trait CausalLm: Send {
         KvCache::new(layout, num_pages)
     }
 
+    /// Draws a token for each of `draws`, in order of their rows of the last step's logits, where the model's device
+    /// can; `None` where the caller has to, from [`CausalLm::logits`]. The token of a row whose logits are not numbers is
+    /// [`u32::MAX`].
+    ///
+    /// # Errors
+    /// As [`CausalLm::logits`].
+    fn choose(&mut self, _draws: &[Draw]) -> Result<Option<Vec<u32>>> {
+        Ok(None)
+    }
+
+    /// What it runs on, for people.
+    fn device(&self) -> String {
+        "cpu".into()
+    }
+
+    /// Whether it runs on a GPU, where not every compression method does (see [`gpu_refusal`]).
+    fn is_on_gpu(&self) -> bool {
+        false
+    }
+
+    /// Bytes that are left for KV where it runs; `None` on the CPU, whose memory others use, too.
+    fn kv_room(&self) -> Option<u64> {
+        None
+    }
+
     /// The weights, where they can be held in part.
     fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
         None
     }
+}
+
+/// Why a model on a GPU does not run `plan`, by the name of the method; `None` where it does.
+pub fn gpu_refusal(plan: &Plan) -> Option<&'static str> {
+    if plan.ffn().is_some() {
+        return Some("compression.ffn_skip is not run on a GPU by this server; send drop or skip_decode");
+    }
+    plan.pruning().map(|_| "compression.think is not run on a GPU by this server; send drop or skip_decode")
 }

@@ -1,0 +1,107 @@
+//! Attention over pages, as functions; see [`super::ops`] for what is checked where.
+
+use super::device::{Device, Part};
+use super::ops::{Heads, Places, need, run};
+use super::params::AttentionParams;
+use crate::{Result, ZooError};
+
+/// Channels of heads that attention is compiled for.
+pub const HEAD_DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
+
+/// What attention of a layer reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Attention {
+    /// Queries and pages; `rotary` and `within` are not looked at.
+    pub places: Places,
+    /// `[tokens, heads, head_dim]` bf16, written.
+    pub out: Part,
+    /// Multiplies scores.
+    pub scale: f32,
+    /// Slots that a query sees, its own included.
+    pub window: Option<usize>,
+    /// Scratch for parts of a split, f32, and counters of finished blocks, u32, zero.
+    pub scratch: [Part; 2],
+}
+
+/// Spans of the step's tokens for attention, `[count]` of `Item` (see `decode.cuh`).
+#[derive(Debug, Clone, Copy)]
+pub struct Items {
+    /// The items.
+    pub items: Part,
+    /// How many.
+    pub count: usize,
+    /// Tokens of the longest.
+    pub longest: usize,
+}
+
+/// Bytes of an item.
+pub const ITEM_BYTES: usize = 16;
+
+/// Bytes of scratch that [`decode`] needs for `items` items in `splits` splits.
+pub fn decode_scratch(heads: Heads, items: usize, splits: usize) -> [usize; 2] {
+    let blocks = items * heads.kv * (heads.queries / heads.kv).div_ceil(16);
+    [if splits > 1 { 4 * blocks * splits * 16 * (heads.dim + 2) } else { 0 }, 4 * blocks]
+}
+
+impl Attention {
+    fn params(&self, items: Part) -> AttentionParams {
+        let Places { q, pages, kv_len, starts, tables, heads, .. } = self.places;
+        AttentionParams {
+            q: q.pointer(),
+            out: self.out.pointer(),
+            pages: pages.pointer(),
+            items: items.pointer(),
+            kv_len: kv_len.pointer(),
+            starts: starts.pointer(),
+            tables: tables.pointer(),
+            parts: self.scratch[0].pointer(),
+            done: self.scratch[1].pointer(),
+            heads: heads.queries as u32,
+            kv_heads: heads.kv as u32,
+            block_size: heads.block_size as u32,
+            window: self.window.unwrap_or(0) as u32,
+            scale: self.scale * std::f32::consts::LOG2_E,
+            pad: 0,
+        }
+    }
+
+    fn kernel(&self, names: [&'static str; 6]) -> Result<&'static str> {
+        let dim = self.places.heads.dim;
+        let index = HEAD_DIMS.iter().position(|&known| known == dim);
+        let index =
+            index.ok_or_else(|| ZooError::Device(format!("no attention for heads of {dim} channels")))?;
+        Ok(names[index])
+    }
+
+    /// Attention of single tokens, each by `splits` blocks a KV head.
+    ///
+    /// # Errors
+    /// [`ZooError::Device`].
+    pub fn decode(&self, device: &dyn Device, items: Items, splits: usize) -> Result<()> {
+        let names = ["decode_16", "decode_32", "decode_64", "decode_96", "decode_128", "decode_256"];
+        let heads = self.places.heads;
+        need("items", items.items, ITEM_BYTES * items.count)?;
+        for (scratch, bytes) in self.scratch.iter().zip(decode_scratch(heads, items.count, splits)) {
+            need("attention's scratch", *scratch, bytes)?;
+        }
+        let blocks = heads.kv * (heads.queries / heads.kv).div_ceil(16);
+        let shared = 4 * (4 * 16 * (heads.dim + 2)) + 16;
+        let grid = [blocks as u32, splits as u32, items.count as u32];
+        run(device, (self.kernel(names)?, 128, shared), grid, &self.params(items.items))
+    }
+
+    /// Causal attention of several tokens of a row each.
+    ///
+    /// # Errors
+    /// [`ZooError::Device`].
+    pub fn prefill(&self, device: &dyn Device, items: Items) -> Result<()> {
+        let names = ["prefill_16", "prefill_32", "prefill_64", "prefill_96", "prefill_128", "prefill_256"];
+        let heads = self.places.heads;
+        need("items", items.items, ITEM_BYTES * items.count)?;
+        let words = |width: usize| (width / 2 + 15) / 32 * 32 + 16;
+        let shared = 2 * 4 * (64 * words(heads.dim) + heads.dim * words(64));
+        let queries = items.longest * (heads.queries / heads.kv);
+        let grid = [queries.div_ceil(64) as u32, heads.kv as u32, items.count as u32];
+        run(device, (self.kernel(names)?, 128, shared), grid, &self.params(items.items))
+    }
+}

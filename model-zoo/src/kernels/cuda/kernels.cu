@@ -1,0 +1,14 @@
+// All kernels, as one program.
+#include "common.cuh"
+
+#include "place.cuh"
+
+#include "skinny.cuh"
+
+#include "rows.cuh"
+
+#include "decode.cuh"
+
+#include "prefill.cuh"
+
+#include "sample.cuh"

@@ -1,0 +1,20 @@
+//! Kernels for GPUs, and the seam to the devices that run them.
+//!
+//! The `.cu` and `.cuh` files are CUDA C++. With the feature `cuda`, `nvcc` compiles them when the crate is built, and
+//! [`driver`] runs them through libraries that it opens at run time: a binary with this feature starts on machines
+//! without any. With the feature `cuda-emulated`, the host's compiler compiles the same files for [`emulated`], where
+//! tests run them without a GPU.
+
+pub mod attention;
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
+#[cfg(feature = "cuda-emulated")]
+pub mod emulated;
+pub mod ops;
+mod params;
+pub mod sampling;
+pub mod tables;
+#[cfg(feature = "cuda-emulated")]
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,59 @@
+//! The kernels' parameters, as the `.cuh` files declare them.
+
+use super::device::Part;
+
+/// A pointer of a kernel.
+pub(super) type Pointer = u64;
+
+/// Mirrors structs of the kernels; every byte of them is a field's.
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $ty:ty),* $(,)? })*) => {
+        $(
+            $(#[$doc])*
+            #[repr(C)]
+            #[derive(Debug, Clone, Copy)]
+            pub(super) struct $name { $(pub(super) $field: $ty,)* }
+
+            const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$ty>())*);
+
+            // SAFETY: integers and floats, without padding by the assertion; all zeros are valid.
+            unsafe impl bytemuck::Zeroable for $name {}
+            // SAFETY: as above, `repr(C)`, and every bit pattern is valid.
+            unsafe impl bytemuck::Pod for $name {}
+        )*
+    };
+}
+
+params! {
+    PlaceParams {
+        q: Pointer, pages: Pointer, table: Pointer, rows: Pointer, within: Pointer, kv_len: Pointer,
+        starts: Pointer, tables: Pointer, heads: u32, kv_heads: u32, head_dim: u32, block_size: u32,
+    }
+    SkinnyParams {
+        weight: Pointer, x: Pointer, norm: Pointer, bias: Pointer, out: Pointer, index: Pointer, rows: u32,
+        cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, place: PlaceParams,
+    }
+    EmbedParams { table: Pointer, tokens: Pointer, x: Pointer, width: u32, scale: f32 }
+    RotaryParams { frequencies: Pointer, positions: Pointer, table: Pointer, half: u32, magnitude: f32 }
+    NormParams { x: Pointer, index: Pointer, weight: Pointer, out: Pointer, width: u32, eps: f32 }
+    AddParams { y: Pointer, bias: Pointer, norm: Pointer, index: Pointer, x: Pointer, width: u32, eps: f32 }
+    ActivateParams { gate_up: Pointer, bias: Pointer, out: Pointer, width: u32, activation: u32 }
+    PlaceRowsParams {
+        qkv: Pointer, bias: Pointer, q_norm: Pointer, k_norm: Pointer, index: Pointer, eps: f32, pad: u32,
+        place: PlaceParams,
+    }
+    AttentionParams {
+        q: Pointer, out: Pointer, pages: Pointer, items: Pointer, kv_len: Pointer, starts: Pointer,
+        tables: Pointer, parts: Pointer, done: Pointer, heads: u32, kv_heads: u32, block_size: u32, window: u32,
+        scale: f32, pad: u32,
+    }
+    DrawParams { row: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32, uniform: f32 }
+    SampleParams { logits: Pointer, draws: Pointer, tokens: Pointer, vocab: u32, pad: u32 }
+}
+
+impl Part {
+    /// As a kernel takes it: null for no memory.
+    pub(super) fn pointer(self) -> Pointer {
+        self.address
+    }
+}

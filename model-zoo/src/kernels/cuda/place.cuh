@@ -1,0 +1,52 @@
+// Where queries, keys and values of a token go.
+#pragma once
+#include "common.cuh"
+
+// Heads lie in tile order: channels 16 T + j and 16 T + 8 + j, j < 8, are the pair that RoPE turns by frequency 8 T + j.
+// A page holds K as [kv_heads, block_size, head_dim] and V as [kv_heads, head_dim, block_size].
+struct PlaceParams {
+    bf16 *q;                // [tokens, heads * head_dim]
+    bf16 *pages;
+    const float2 *table;    // cos and sin, [step tokens, head_dim / 2]
+    const uint32_t *rows;   // [step tokens]: its row, or NO_ROW
+    const uint32_t *within; // [step tokens]: its index among the row's tokens
+    const uint32_t *kv_len; // [rows]: slots held before the step, in this layer
+    const uint32_t *starts; // [rows]: where its pages begin in `tables`, in this layer
+    const uint32_t *tables;
+    uint32_t heads, kv_heads, head_dim, block_size;
+};
+
+// `first` and `second` are outputs `row` and `row + 8` of the joint Q, K, V product, a tile's j-th pair.
+DEVICE void place_pair(const PlaceParams &p, uint32_t token, uint32_t step_token, uint32_t row, float first,
+                       float second) {
+    const uint32_t d = p.head_dim, q_width = p.heads * d, kv_width = p.kv_heads * d;
+    if (row < q_width + kv_width) {
+        const uint32_t channel = row % d;
+        const float2 turn = p.table[step_token * (d / 2) + channel / 16 * 8 + channel % 16];
+        const float turned = first * turn.x - second * turn.y;
+        second = second * turn.x + first * turn.y;
+        first = turned;
+    }
+    if (row < q_width) {
+        bf16 *q = p.q + static_cast<size_t>(token) * q_width + row;
+        q[0] = to_bf16(first);
+        q[8] = to_bf16(second);
+        return;
+    }
+    const uint32_t owner = p.rows[step_token];
+    if (owner == NO_ROW) return;
+    const uint32_t slot = p.kv_len[owner] + p.within[step_token];
+    const uint32_t page = p.tables[p.starts[owner] + slot / p.block_size];
+    const uint32_t place = slot % p.block_size, half = kv_width * p.block_size;
+    bf16 *base = p.pages + static_cast<size_t>(page) * 2 * half;
+    row -= q_width;
+    if (row < kv_width) {
+        bf16 *k = base + (row / d * p.block_size + place) * d + row % d;
+        k[0] = to_bf16(first);
+        k[8] = to_bf16(second);
+    } else {
+        bf16 *v = base + half + (row - kv_width) * p.block_size + place;
+        v[0] = to_bf16(first);
+        v[8 * p.block_size] = to_bf16(second);
+    }
+}

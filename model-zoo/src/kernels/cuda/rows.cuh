@@ -1,0 +1,155 @@
+// Kernels that go over rows of activations once.
+#pragma once
+#include "common.cuh"
+#include "place.cuh"
+
+struct EmbedParams {
+    const bf16 *table;      // [vocab, width]
+    const uint32_t *tokens; // [tokens]
+    float *x;               // [tokens, width]
+    uint32_t width;
+    float scale;
+};
+
+// x[token] = scale * table[tokens[token]]; one block a token.
+KERNEL(embed, EmbedParams, 256, 1) {
+    const bf16 *row = p.table + static_cast<size_t>(p.tokens[blockIdx.x]) * p.width;
+    float *x = p.x + static_cast<size_t>(blockIdx.x) * p.width;
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) x[i] = p.scale * to_float(row[i]);
+}
+
+struct RotaryParams {
+    const float *frequencies;  // [half], radians a position
+    const uint32_t *positions; // [tokens]
+    float2 *table;             // cos and sin, [tokens, half]
+    uint32_t half;
+    float magnitude;
+};
+
+// One block a token.
+KERNEL(rotary, RotaryParams, 128, 1) {
+    for (uint32_t i = threadIdx.x; i < p.half; i += blockDim.x) {
+        float s, c;
+        sincosf_(static_cast<float>(p.positions[blockIdx.x]) * p.frequencies[i], &s, &c);
+        p.table[static_cast<size_t>(blockIdx.x) * p.half + i] = make_float2(c * p.magnitude, s * p.magnitude);
+    }
+}
+
+struct NormParams {
+    const float *x;        // [step tokens, width]
+    const uint32_t *index; // [tokens], or null
+    const float *weight;   // [width]
+    bf16 *out;             // [tokens, width]
+    uint32_t width;
+    float eps;
+};
+
+// out[token] = x[index[token]] / rms * weight; one block a token.
+KERNEL(rms_norm, NormParams, 256, 1) {
+    SHARED(float, scratch);
+    const uint32_t at = p.index != nullptr ? p.index[blockIdx.x] : blockIdx.x;
+    const float *x = p.x + static_cast<size_t>(at) * p.width;
+    bf16 *out = p.out + static_cast<size_t>(blockIdx.x) * p.width;
+    float squares = 0.0f;
+    for (uint32_t i = threadIdx.x * 4; i < p.width; i += blockDim.x * 4) {
+        const float4 v = load<float4>(x + i);
+        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    const float scale = rsqrtf(block_sum(squares, scratch) / p.width + p.eps);
+    for (uint32_t i = threadIdx.x * 4; i < p.width; i += blockDim.x * 4) {
+        const float4 v = load<float4>(x + i), w = load<float4>(p.weight + i);
+        *reinterpret_cast<uint2 *>(out + i) =
+            make_uint2(pack(v.x * scale * w.x, v.y * scale * w.y), pack(v.z * scale * w.z, v.w * scale * w.w));
+    }
+}
+
+struct AddParams {
+    const float *y;        // [tokens, width], or null for zeros
+    const float *bias;     // [width], or null
+    const float *norm;     // [width], or null: an RMSNorm of y and bias before they are added
+    const uint32_t *index; // [tokens], or null
+    float *x;              // [step tokens, width]
+    uint32_t width;
+    float eps;
+};
+
+// x[index[token]] += norm(y[token] + bias); one block a token.
+KERNEL(add_rows, AddParams, 256, 1) {
+    SHARED(float, scratch);
+    const uint32_t at = p.index != nullptr ? p.index[blockIdx.x] : blockIdx.x;
+    float *x = p.x + static_cast<size_t>(at) * p.width;
+    const float *y = p.y != nullptr ? p.y + static_cast<size_t>(blockIdx.x) * p.width : nullptr;
+    auto value = [&](uint32_t i) { return (y != nullptr ? y[i] : 0.0f) + (p.bias != nullptr ? p.bias[i] : 0.0f); };
+    float scale = 1.0f;
+    if (p.norm != nullptr) {
+        float squares = 0.0f;
+        for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) squares += value(i) * value(i);
+        scale = rsqrtf(block_sum(squares, scratch) / p.width + p.eps);
+    }
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x)
+        x[i] += value(i) * scale * (p.norm != nullptr ? p.norm[i] : 1.0f);
+}
+
+struct ActivateParams {
+    const bf16 *gate_up; // [tokens, 2 * width]: of every sixteen, eight gates and eight values
+    const float *bias;   // [2 * width], or null
+    bf16 *out;           // [tokens, width]
+    uint32_t width, activation;
+};
+
+// One block a token; width is a multiple of 8.
+KERNEL(activate_rows, ActivateParams, 256, 1) {
+    const bf16 *row = p.gate_up + static_cast<size_t>(blockIdx.x) * 2 * p.width;
+    bf16 *out = p.out + static_cast<size_t>(blockIdx.x) * p.width;
+    for (uint32_t i = threadIdx.x; i < p.width / 8; i += blockDim.x) {
+        const uint4 gates = load<uint4>(row + 16 * i), values = load<uint4>(row + 16 * i + 8);
+        const uint32_t g[4] = {gates.x, gates.y, gates.z, gates.w}, v[4] = {values.x, values.y, values.z, values.w};
+        uint32_t result[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float a[2] = {low(g[j]), high(g[j])}, b[2] = {low(v[j]), high(v[j])};
+            if (p.bias != nullptr)
+                for (int e = 0; e < 2; e++) {
+                    a[e] += p.bias[16 * i + 2 * j + e];
+                    b[e] += p.bias[16 * i + 8 + 2 * j + e];
+                }
+            result[j] = pack(activate(a[0], p.activation) * b[0], activate(a[1], p.activation) * b[1]);
+        }
+        *reinterpret_cast<uint4 *>(out + 8 * i) = make_uint4(result[0], result[1], result[2], result[3]);
+    }
+}
+
+struct PlaceRowsParams {
+    const bf16 *qkv;       // [tokens, (heads + 2 * kv_heads) * head_dim]
+    const float *bias;     // [(heads + 2 * kv_heads) * head_dim], or null
+    const float *q_norm;   // [head_dim] in tile order, or null: RMSNorm of each query head before it turns
+    const float *k_norm;   // the same of keys
+    const uint32_t *index; // [tokens], or null
+    float eps;
+    uint32_t pad;
+    PlaceParams place;
+};
+
+// Norms and turns heads, and writes them where they belong; one block a token, one warp a head.
+KERNEL(place_rows, PlaceRowsParams, 256, 1) {
+    const uint32_t d = p.place.head_dim, heads = p.place.heads, all = heads + 2 * p.place.kv_heads;
+    const uint32_t lane = threadIdx.x % 32, token = blockIdx.x;
+    const uint32_t step_token = p.index != nullptr ? p.index[token] : token;
+    const bf16 *row = p.qkv + static_cast<size_t>(token) * all * d;
+    auto value = [&](uint32_t i) { return to_float(row[i]) + (p.bias != nullptr ? p.bias[i] : 0.0f); };
+    for (uint32_t head = threadIdx.x / 32; head < all; head += blockDim.x / 32) {
+        const float *norm = head < heads ? p.q_norm : head < heads + p.place.kv_heads ? p.k_norm : nullptr;
+        float scale = 1.0f;
+        if (norm != nullptr) {
+            float squares = 0.0f;
+            for (uint32_t i = lane; i < d; i += 32) squares += value(head * d + i) * value(head * d + i);
+            scale = rsqrtf(lanes_sum<1, 32>(squares) / d + p.eps);
+        }
+        for (uint32_t i = lane; i < d / 2; i += 32) {
+            const uint32_t channel = i / 8 * 16 + i % 8;
+            float a = value(head * d + channel), b = value(head * d + channel + 8);
+            if (norm != nullptr) a *= scale * norm[channel], b *= scale * norm[channel + 8];
+            place_pair(p.place, token, step_token, head * d + channel, a, b);
+        }
+    }
+}
