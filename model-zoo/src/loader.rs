@@ -38,6 +38,58 @@ pub struct LoadOptions {
     pub base: Option<PathBuf>,
     /// Bytes that the weights may take; `None` for all of them.
     pub weight_budget: Option<u64>,
+    /// What the decoder runs on.
+    pub device: Target,
+}
+
+/// What a decoder runs on.
+#[derive(Debug, Clone, Default)]
+pub enum Target {
+    /// The CPU.
+    #[default]
+    Cpu,
+    /// A GPU, or what takes its place in tests.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+    Device(std::sync::Arc<dyn crate::kernels::cuda::device::Device>),
+}
+
+impl Target {
+    /// The NVIDIA GPU of this index.
+    ///
+    /// # Errors
+    /// [`ZooError::Device`] when there is none, or when this build has no kernels for it: what to do.
+    pub fn gpu(index: usize) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        {
+            Ok(Self::Device(std::sync::Arc::new(crate::kernels::cuda::driver::Gpu::open(index)?)))
+        }
+        #[cfg(not(feature = "cuda"))]
+        {
+            Err(ZooError::Device(format!(
+                "GPU {index} cannot be used: this rheostat was built without the feature `cuda`; build it with deploy/cuda/build, or use device = \"cpu\""
+            )))
+        }
+    }
+
+    /// Refuses `what` on a GPU.
+    fn is_cpu(&self, what: &str) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+            Self::Device(_) => Err(ZooError::Unsupported(format!(
+                "{what} are not run on a GPU by this server; use device = \"cpu\""
+            ))),
+        }
+    }
+
+    /// Joules that the device has used since its driver was loaded, where it has a meter.
+    pub fn joules(&self) -> Option<f64> {
+        match self {
+            Self::Cpu => None,
+            #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+            Self::Device(device) => device.joules(),
+        }
+    }
 }
 
 impl Default for LoadOptions {
@@ -47,6 +99,7 @@ impl Default for LoadOptions {
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             base: None,
             weight_budget: None,
+            device: Target::Cpu,
         }
     }
 }
@@ -97,6 +150,7 @@ pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
 
 /// A model whose weights come in levels: of these as many as the budget holds.
 fn load_artefact(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    options.device.is_cpu("BitStack artefacts")?;
     let artefact = Artefact::open(path)?;
     let (config, tokenizer) = (artefact.config().clone(), artefact.tokenizer()?);
     // A second handle: the blocks are read when they are wanted, long after everything else.
@@ -148,6 +202,7 @@ pub fn base_of(path: &Path) -> Result<Option<Base>> {
 }
 
 fn load_llava(folder: &Path, options: &LoadOptions) -> Result<LoadedModel> {
+    options.device.is_cpu("models that see images")?;
     if let Some(base) = base_of(folder)? {
         let Some(path) = &options.base else {
             let model = base.model;
@@ -194,16 +249,34 @@ fn vision(
     })
 }
 
+/// A decoder of `config` over `weights` on `target`: for weights that come from no file.
+///
+/// # Errors
+/// As [`load`].
+pub fn build_on(
+    config: DecoderConfig,
+    weights: &dyn WeightSource,
+    target: &Target,
+) -> Result<Box<dyn CausalLm>> {
+    build(config, weights, &LoadOptions { device: target.clone(), ..LoadOptions::default() })
+}
+
 fn build(
     config: DecoderConfig,
     weights: &dyn WeightSource,
     options: &LoadOptions,
 ) -> Result<Box<dyn CausalLm>> {
-    let model = CpuDecoder::load(config, weights, options.threads.get())?;
+    let model: Box<dyn CausalLm> = match &options.device {
+        Target::Cpu => Box::new(CpuDecoder::load(config, weights, options.threads.get())?),
+        #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+        Target::Device(device) => {
+            Box::new(crate::models::gpu::GpuDecoder::load(config, weights, std::sync::Arc::clone(device))?)
+        }
+    };
     let least = model.dims().weight_bytes as u64;
     match options.weight_budget {
         Some(budget) if budget < least => Err(ZooError::WeightBudget { budget, least }),
-        _ => Ok(Box::new(model)),
+        _ => Ok(model),
     }
 }
 

@@ -55,6 +55,11 @@ impl Rotary {
         Self { frequencies, magnitude, style }
     }
 
+    /// Radians a position, `[head_dim / 2]`, and what multiplies cos and sin.
+    pub fn frequencies(&self) -> (&[f32], f32) {
+        (&self.frequencies, self.magnitude)
+    }
+
     /// Fills `table` for tokens at `positions`.
     pub fn fill(&self, positions: &[usize], table: &mut RotaryTable) {
         table.half = self.frequencies.len();

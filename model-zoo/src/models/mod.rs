@@ -2,6 +2,8 @@
 
 pub mod decoder;
 pub mod elastic;
+#[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+pub mod gpu;
 pub mod toy;
 
 use crate::Result;

@@ -5,6 +5,7 @@ pub(crate) mod file;
 pub mod gguf;
 pub mod levels;
 pub mod merged;
+mod random;
 pub mod renamed;
 pub mod safetensors;
 
@@ -13,6 +14,7 @@ use std::borrow::Cow;
 pub use candle_core::quantized::GgmlDType;
 
 use crate::Result;
+pub use random::RandomWeights;
 
 /// A tensor as stored: element type, shape, little-endian bytes.
 #[derive(Debug, Clone)]

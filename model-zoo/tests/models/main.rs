@@ -9,6 +9,8 @@ mod calibration;
 mod compression;
 mod configs;
 mod download;
+#[cfg(feature = "cuda-emulated")]
+mod gpu;
 mod llava;
 mod logits;
 mod must_drop;

@@ -114,7 +114,7 @@ pub struct Launch<'a> {
 }
 
 /// What a product writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Output {
     /// bf16, stored.
     Half,

@@ -16,6 +16,9 @@ use crate::{Result, ZooError};
 /// Bytes of scratch memory that an algorithm may use: what NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
+/// `CUBLAS_OP_T`, of cuBLAS's own header.
+const OP_T: i32 = 1;
+
 #[derive(Debug)]
 pub(super) struct Lt {
     handle: sys::cublasLtHandle_t,
@@ -106,7 +109,7 @@ impl Lt {
         };
         let out = if is_float(gemm.output) { float } else { half };
         let layouts = [layout(half, k, n)?, layout(half, k, m)?, layout(out, n, m)?];
-        let transposed = sys::cublasOperation_t::CUBLAS_OP_T;
+        let transposed = OP_T;
         let preference = result::create_matmul_pref()?;
         let workspace = WORKSPACE;
         // SAFETY: live descriptions; attributes are copied by the calls.

@@ -1,0 +1,120 @@
+//! The two halves of a layer, and the products in them: one kernel each where tokens are few, norm, cuBLAS and what
+//! follows where they are many.
+
+use super::{GpuDecoder, Step};
+use crate::Result;
+use crate::compression::Sublayer;
+use crate::kernels::cuda::device::{Output, Part};
+use crate::kernels::cuda::ops::{
+    After, Matrix, Norm, SKINNY_TOKENS, Tokens, activate_rows, add_rows, place_rows, product, rms_norm,
+    skinny,
+};
+
+impl GpuDecoder {
+    /// `x += o(attention(norm(x)))`, writing K and V of the layer's tokens.
+    pub(super) fn attention(&self, step: &Step, layer: usize) -> Result<()> {
+        let (device, scratch, weights) = (&*self.device, &self.scratch, &self.weights.layers[layer]);
+        let tokens = self.tables.selected(layer, Sublayer::Attention)?;
+        if tokens.count == 0 {
+            return Ok(());
+        }
+        let attention = self.attention_of(step, layer)?;
+        let (qkv, norm) = (weights.qkv.matrix(), self.norm(&weights.attention_norm));
+        let x = Part::all(&scratch.x);
+        let norms = weights.qk_norm.as_ref().map(|norms| norms.each_ref().map(|norm| self.norm(norm)));
+        let few = tokens.count <= SKINNY_TOKENS;
+        if few && norms.is_none() {
+            skinny(device, &qkv, (x, tokens, Some(norm)), After::Place(attention.places))?;
+        } else {
+            let wide = Part::all(&scratch.wide);
+            let bias = if few {
+                skinny(device, &qkv, (x, tokens, Some(norm)), After::Half(wide))?;
+                Part::NONE
+            } else {
+                self.normed_product(&qkv, (tokens, norm), (wide, Output::Half))?;
+                qkv.bias
+            };
+            place_rows(device, (wide, bias, tokens), norms, &attention.places)?;
+        }
+        let [single, several] = self.tables.items(layer)?;
+        attention.decode(device, single, self.splits(step.heads, single.count))?;
+        attention.prefill(device, several)?;
+        let post = weights.post_norms.as_ref().map(|[after, _]| self.norm(after));
+        self.project(&weights.o.matrix(), (Part::all(&scratch.mixed), tokens), post)
+    }
+
+    /// `x += down(act(gate(norm(x))) · up(norm(x)))`
+    pub(super) fn ffn(&self, layer: usize) -> Result<()> {
+        let (device, scratch, weights) = (&*self.device, &self.scratch, &self.weights.layers[layer]);
+        let tokens = self.tables.selected(layer, Sublayer::Ffn)?;
+        if tokens.count == 0 {
+            return Ok(());
+        }
+        let (gate_up, norm) = (weights.gate_up.matrix(), self.norm(&weights.ffn_norm));
+        let (gated, activation) = (Part::all(&scratch.gated), self.config.activation);
+        if tokens.count <= SKINNY_TOKENS {
+            let x = Part::all(&scratch.x);
+            skinny(device, &gate_up, (x, tokens, Some(norm)), After::Gate(gated, activation))?;
+        } else {
+            let wide = Part::all(&scratch.wide);
+            self.normed_product(&gate_up, (tokens, norm), (wide, Output::Half))?;
+            activate_rows(device, (wide, gate_up.bias), (gated, tokens.count, gate_up.rows / 2), activation)?;
+        }
+        let post = weights.post_norms.as_ref().map(|[_, after]| self.norm(after));
+        self.project(&weights.down.matrix(), (gated, tokens), post)
+    }
+
+    /// `out = matrix · norm(x)` without the bias, of many tokens.
+    fn normed_product(
+        &self,
+        matrix: &Matrix,
+        (tokens, norm): (Tokens, Norm),
+        out: (Part, Output),
+    ) -> Result<()> {
+        let normed = Part::all(&self.scratch.normed);
+        rms_norm(&*self.device, (Part::all(&self.scratch.x), tokens), norm, normed)?;
+        product(&*self.device, matrix, (normed, tokens.count), out)
+    }
+
+    /// `out = matrix · norm(x)`, f32, of any number of tokens.
+    pub(super) fn product_of_normed(
+        &self,
+        matrix: &Matrix,
+        (tokens, norm): (Tokens, Norm),
+        out: Part,
+    ) -> Result<()> {
+        if tokens.count <= SKINNY_TOKENS {
+            let x = Part::all(&self.scratch.x);
+            return skinny(&*self.device, matrix, (x, tokens, Some(norm)), After::Float(out));
+        }
+        self.normed_product(matrix, (tokens, norm), (out, Output::Float))
+    }
+
+    /// `x += post(matrix · input)`, summed over the devices that share the model.
+    fn project(&self, matrix: &Matrix, (input, tokens): (Part, Tokens), post: Option<Norm>) -> Result<()> {
+        let (device, x) = (&*self.device, Part::all(&self.scratch.x));
+        let few = tokens.count <= SKINNY_TOKENS;
+        let width = matrix.rows;
+        if post.is_none() && device.shard().size == 1 {
+            if few {
+                return skinny(device, matrix, (input, tokens, None), After::Add(x));
+            }
+            if tokens.index.is_empty() {
+                product(device, matrix, (input, tokens.count), (x, Output::Add))?;
+                if !matrix.bias.is_empty() {
+                    add_rows(device, (Part::NONE, matrix.bias, None), (x, tokens), width)?;
+                }
+                return Ok(());
+            }
+        }
+        let sum = Part::all(&self.scratch.sum).slice(0, 4 * tokens.count * width)?;
+        let plain = Matrix { bias: Part::NONE, ..*matrix };
+        if few {
+            skinny(device, &plain, (input, tokens, None), After::Float(sum))?;
+        } else {
+            product(device, &plain, (input, tokens.count), (sum, Output::Float))?;
+        }
+        device.all_reduce(sum)?;
+        add_rows(device, (sum, matrix.bias, post), (x, tokens), width)
+    }
+}

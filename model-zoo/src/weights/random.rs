@@ -1,0 +1,78 @@
+//! Weights of a model's shape that were never trained: for measurements of speed.
+
+use std::borrow::Cow;
+
+use candle_core::quantized::GgmlDType;
+use half::bf16;
+
+use super::{RawTensor, WeightSource};
+use crate::config::DecoderConfig;
+use crate::{Result, ZooError};
+
+/// Values that repeat: large beside any cache.
+const BLOCK: usize = (16 << 20) + 7;
+
+/// bf16 noise in the shapes of a decoder without biases; norms are 1.
+#[derive(Debug)]
+pub struct RandomWeights {
+    config: DecoderConfig,
+    noise: Vec<u16>,
+}
+
+impl RandomWeights {
+    /// Noise from `-scale` to `scale`, the same each time.
+    pub fn of(config: &DecoderConfig, scale: f32) -> Self {
+        let mut state = 1u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let value = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+            bf16::from_f32(value * scale).to_bits()
+        };
+        Self { config: config.clone(), noise: (0..BLOCK).map(|_| next()).collect() }
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        let c = &self.config;
+        let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
+        let (queries, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let part = name.strip_suffix(".weight")?.rsplit('.').next()?;
+        Some(match part {
+            "embed_tokens" | "lm_head" => vec![c.vocab_size, hidden],
+            "q_proj" => vec![queries, hidden],
+            "k_proj" | "v_proj" => vec![kv, hidden],
+            "o_proj" => vec![hidden, queries],
+            "gate_proj" | "up_proj" => vec![ffn, hidden],
+            "down_proj" => vec![hidden, ffn],
+            "q_norm" | "k_norm" => vec![c.head_dim],
+            part if part.contains("norm") => vec![hidden],
+            _ => return None,
+        })
+    }
+}
+
+impl WeightSource for RandomWeights {
+    fn contains(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+
+    fn tensor(&self, name: &str) -> Result<RawTensor<'_>> {
+        let unknown = || ZooError::Unsupported(format!("no random weights for {name:?}"));
+        let shape = self.shape(name).ok_or_else(unknown)?;
+        let count: usize = shape.iter().product();
+        let mut data = Vec::with_capacity(2 * count);
+        if shape.len() == 1 {
+            data.extend((0..count).flat_map(|_| bf16::ONE.to_le_bytes()));
+        } else {
+            // Each tensor begins at another place of the noise.
+            let start =
+                name.bytes().fold(7usize, |hash, byte| (hash ^ byte as usize).wrapping_mul(16_777_619))
+                    % BLOCK;
+            while data.len() < 2 * count {
+                let from = if data.is_empty() { start } else { 0 };
+                let len = (BLOCK - from).min(count - data.len() / 2);
+                data.extend_from_slice(bytemuck::cast_slice(&self.noise[from..from + len]));
+            }
+        }
+        Ok(RawTensor { dtype: GgmlDType::BF16, shape, data: Cow::Owned(data) })
+    }
+}
