@@ -75,7 +75,7 @@ const FIXED: [(&str, Key); 16] = [
     ("engine", |c| {
         let engine = &c.engine;
         let lengths = (engine.max_num_batched_tokens, engine.max_model_len, engine.block_size);
-        Box::new((engine.max_num_seqs, lengths, engine.prefix_caching))
+        Box::new((engine.device, engine.max_num_seqs, lengths, engine.prefix_caching))
     }),
     ("energy", |c| Box::new(c.energy.clone())),
     ("verbosity", |c| Box::new(c.verbosity)),
@@ -109,7 +109,10 @@ impl Reload {
         let (started, mut current) = (config.clone(), config);
         while self.hangups.recv().await.is_some() {
             let applied = match self.read().await {
-                Ok(new) => apply(&running, &current, &new).await.map(|()| new),
+                Ok(new) => {
+                    let new = new.sized_as(&started);
+                    apply(&running, &current, &new).await.map(|()| new)
+                }
                 Err(error) => Err(error),
             };
             metrics.reloaded(applied.is_ok());

@@ -117,11 +117,15 @@ pub async fn run(
 /// # Errors
 /// [`RunError`]: the model does not fit the configuration, or a server failed.
 pub async fn run_controlled(
-    config: Config,
+    mut config: Config,
     model: NamedModel,
     listeners: Listeners,
     control: Control<impl Future<Output = ()>>,
 ) -> Result<(), RunError> {
+    if let Some(room) = model.loaded.model.kv_room().filter(|_| config.engine.kv_is_default) {
+        tracing::info!(room, "memory.kv is not set: the KV pool takes what the device has left");
+        config.engine.kv_bytes = room;
+    }
     let scheduler = scheduler_config(&config, model.loaded.model.dims())?;
     let tls = config.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
     let (service, metrics, energy) = start_service(&config, model, scheduler)?;

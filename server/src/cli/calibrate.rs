@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::model::ModelFlags;
 use super::offer::artefact_path;
+use crate::config::device::DeviceChoice;
 use crate::telemetry::logs::{self, LogFormat};
 
 /// `rheostat calibrate`'s flags.
@@ -34,7 +35,7 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     logs::init(&options.log, LogFormat::Text)?;
     let text = read_text(&options.text)?;
     let found = options.model.find()?;
-    let (mut loaded, tokenizer) = options.model.load(&found, None)?;
+    let (mut loaded, tokenizer) = options.model.load(&found, (DeviceChoice::Cpu, None))?;
     let tokens = tokenizer.encode(&text, false).map_err(|e| e.to_string())?;
     let source = Source {
         model: found.name.clone(),

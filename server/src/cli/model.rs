@@ -10,6 +10,7 @@ use model_zoo::tokenizer::Tokenizer;
 
 use super::offer;
 use crate::config::Config;
+use crate::config::device::DeviceChoice;
 use crate::run::NamedModel;
 
 /// Which model a command is about.
@@ -65,23 +66,25 @@ impl ModelFlags {
         pull(entry, &pull_options(self.cache.clone())).map(Some).map_err(|e| e.to_string())
     }
 
-    /// Loads what was found, in `weight_budget` bytes at most.
+    /// Loads what was found onto `device`, in `weight_budget` bytes at most.
     ///
     /// # Errors
     /// As [`ModelFlags::find`].
     pub(super) fn load(
         &self,
         found: &Found,
-        weight_budget: Option<u64>,
+        (device, weight_budget): (DeviceChoice, Option<u64>),
     ) -> Result<(LoadedModel, Tokenizer), String> {
         let begin = std::time::Instant::now();
         let threads = self.threads.unwrap_or(LoadOptions::default().threads);
-        let options = LoadOptions { threads, base: self.base(&found.path)?, weight_budget };
+        let device = device.open()?;
+        let options = LoadOptions { threads, base: self.base(&found.path)?, weight_budget, device };
         let loaded = load(&found.path, &options).map_err(|e| e.to_string())?;
         let tokenizer =
             Tokenizer::load(&loaded.tokenizer, found.template.as_deref()).map_err(|e| e.to_string())?;
         let (weights_mib, seconds) = (loaded.model.dims().weight_bytes >> 20, begin.elapsed().as_secs_f32());
-        tracing::info!(name = found.name, path = %found.path.display(), weights_mib, seconds, "model loaded");
+        let device = loaded.model.device();
+        tracing::info!(name = found.name, path = %found.path.display(), device, weights_mib, seconds, "model loaded");
         Ok((loaded, tokenizer))
     }
 }
@@ -98,9 +101,13 @@ pub fn open_model(config: &Config) -> Result<NamedModel, String> {
         threads: Some(config.engine.threads),
     };
     let found = flags.find()?;
-    let (mut loaded, tokenizer) = flags.load(&found, config.engine.weight_bytes)?;
+    let (mut loaded, tokenizer) = flags.load(&found, (config.engine.device, config.engine.weight_bytes))?;
     let levels = loaded.model.elastic().map(|elastic| elastic.num_levels());
-    let calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
+    let mut calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
+    if let Some(calibration) = calibration.as_mut().filter(|_| loaded.model.is_on_gpu()) {
+        // The governor chooses between what can be run.
+        calibration.front.retain(|point| point.plan.think.is_none() && point.plan.ffn_skip.is_none());
+    }
     let offer = Offer { calibration, profiles: config.profiles.clone(), levels };
     let offer = offer::checked(offer, loaded.model.dims())?;
     Ok(NamedModel { name: found.name, loaded, tokenizer, offer })

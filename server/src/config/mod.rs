@@ -2,6 +2,7 @@
 //! [`Config`] is what follows from them, validated, without options.
 
 pub mod bytes;
+pub mod device;
 mod energy;
 mod governor;
 pub mod hosts;
@@ -14,10 +15,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::ByteSize;
+use device::DeviceChoice;
 pub use governor::GovernorConfig;
 use hosts::HostList;
 use model_zoo::compression::CompressionOptions;
-use options::{ImageOptions, LimitOptions, Options};
+use options::{EngineOptions, ImageOptions, LimitOptions, MemoryOptions, Options};
 
 use crate::admission::Limits;
 use crate::auth::KeyConfig;
@@ -96,6 +98,8 @@ pub struct HttpConfig {
 /// The engine.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
+    /// What the model runs on.
+    pub device: DeviceChoice,
     /// Compute threads.
     pub threads: std::num::NonZeroUsize,
     /// Sequences that run at once.
@@ -110,6 +114,8 @@ pub struct EngineConfig {
     pub prefix_caching: bool,
     /// Bytes of the KV pool.
     pub kv_bytes: u64,
+    /// Nobody set `kv_bytes`: on a GPU the pool takes what is left there.
+    pub kv_is_default: bool,
     /// Bytes of the weights at most; `None` means all of them.
     pub weight_bytes: Option<u64>,
 }
@@ -170,16 +176,7 @@ impl Config {
             grpc: grpc.address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 50051))),
             tls: tls.config().map_err(ConfigError)?,
             keys: keys::validate(keys).map_err(ConfigError)?,
-            engine: EngineConfig {
-                threads: engine.threads.unwrap_or_else(cores),
-                max_num_seqs: engine.max_num_seqs.unwrap_or(256),
-                max_num_batched_tokens: engine.max_num_batched_tokens.unwrap_or(512),
-                max_model_len: engine.max_model_len,
-                block_size: engine.block_size.unwrap_or(16),
-                prefix_caching: engine.prefix_caching.unwrap_or(true),
-                kv_bytes: memory.kv.map_or_else(default_kv, ByteSize::bytes),
-                weight_bytes: memory.weights.map(ByteSize::bytes),
-            },
+            engine: engine_config(engine, memory),
             limits: request_limits(limits),
             images: image_limits(images),
             drain: Duration::from_secs(server.drain_seconds.unwrap_or(30)),
@@ -196,6 +193,16 @@ impl Config {
         config.check()?;
         config.governor.check().map_err(ConfigError)?;
         Ok(config)
+    }
+
+    /// The same with the KV pool that `started` ended up with, where neither says what it is to be: on a GPU it is
+    /// what was left there.
+    #[must_use]
+    pub fn sized_as(mut self, started: &Self) -> Self {
+        if self.engine.kv_is_default && started.engine.kv_is_default {
+            self.engine.kv_bytes = started.engine.kv_bytes;
+        }
+        self
     }
 
     /// The memory budgets.
@@ -265,6 +272,21 @@ fn request_limits(options: LimitOptions) -> Limits {
             .max_prompt_bytes
             .map_or(defaults.max_prompt_bytes, |size| size.bytes() as usize),
         ..defaults
+    }
+}
+
+fn engine_config(engine: EngineOptions, memory: MemoryOptions) -> EngineConfig {
+    EngineConfig {
+        device: engine.device.unwrap_or_default(),
+        threads: engine.threads.unwrap_or_else(cores),
+        max_num_seqs: engine.max_num_seqs.unwrap_or(256),
+        max_num_batched_tokens: engine.max_num_batched_tokens.unwrap_or(512),
+        max_model_len: engine.max_model_len,
+        block_size: engine.block_size.unwrap_or(16),
+        prefix_caching: engine.prefix_caching.unwrap_or(true),
+        kv_bytes: memory.kv.map_or_else(default_kv, ByteSize::bytes),
+        kv_is_default: memory.kv.is_none(),
+        weight_bytes: memory.weights.map(ByteSize::bytes),
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use model_zoo::compression::CompressionOptions;
 
 use super::bytes::ByteSize;
+use super::device::DeviceChoice;
 use super::hosts::HostList;
 use super::keys::KeyOptions;
 use crate::energy::MeterChoice;
@@ -104,6 +105,8 @@ impl TlsOptions {
 section! {
     /// `[engine]`
     EngineOptions {
+        /// What the model runs on: cpu, cuda, cuda:N (the GPU of that index), or auto (a GPU where there is one) [default: cpu]
+        device: DeviceChoice = "device", "RHEOSTAT_DEVICE";
         /// Compute threads [default: all cores]
         threads: NonZeroUsize = "threads", "RHEOSTAT_THREADS";
         /// Sequences that run at once [default: 256]
@@ -122,7 +125,7 @@ section! {
 section! {
     /// `[memory]`
     MemoryOptions {
-        /// Size of the KV pool [default: a quarter of the machine's memory, 1GiB at most]
+        /// Size of the KV pool [default: a quarter of the machine's memory, 1GiB at most; on a GPU what is left there]
         kv: ByteSize = "memory-kv", "RHEOSTAT_MEMORY_KV";
         /// What the weights may take, of a model that can be held in part [default: all of it]
         weights: ByteSize = "memory-weights", "RHEOSTAT_MEMORY_WEIGHTS";

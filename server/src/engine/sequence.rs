@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use model_zoo::compression::RowState;
 use model_zoo::kv_cache::KvLayout;
+use model_zoo::models::Draw;
 use model_zoo::tokenizer::Tokenizer;
 
 use super::detokenizer::Detokenizer;
@@ -321,6 +322,23 @@ impl Choice {
         if let Some(watch) = &mut self.watch {
             watch.sampled(token.token);
         }
+        self.sampled += 1;
+        self.tick();
+        Ok(self.advance(token))
+    }
+
+    /// How its next token is drawn, where the model's device may do it.
+    pub(super) fn draw(&self, row: usize) -> Option<Draw> {
+        let is_free = self.live.request.max_tokens > 0 && self.prompt_logprobs.is_none();
+        is_free.then(|| self.sampler.draw(row)).flatten()
+    }
+
+    /// Goes on with a token that was drawn by [`Choice::draw`].
+    ///
+    /// # Errors
+    /// As [`Choice::sample`].
+    pub(super) fn accept(&mut self, token: u32) -> Result<Progress, String> {
+        let token = self.sampler.accept(token).map_err(|e| e.to_string())?;
         self.sampled += 1;
         self.tick();
         Ok(self.advance(token))

@@ -218,9 +218,13 @@ impl Engine {
         let mut outcomes: HashMap<_, _> =
             rows.iter().map(|row| (row.scheduled.id, RowOutcome::Prefilled)).collect();
         let mut failed = Vec::new();
+        let drawn = self.draw(rows, &wanted, (&mut outcomes, &mut failed));
         let vocab = self.model.dims().vocab_size;
         for start in (0..wanted.len()).step_by(LOGIT_TILE) {
             let tile = &wanted[start..(start + LOGIT_TILE).min(wanted.len())];
+            if drawn[start..start + tile.len()].iter().all(|&drawn| drawn) {
+                continue;
+            }
             let logits = match self.model.logits(start..start + tile.len()) {
                 Ok(logits) => logits,
                 Err(error) => {
@@ -228,7 +232,8 @@ impl Engine {
                     continue;
                 }
             };
-            for (&(row, token), logits) in tile.iter().zip(logits.chunks_exact(vocab)) {
+            let own = tile.iter().zip(&drawn[start..]).zip(logits.chunks_exact(vocab));
+            for ((&(row, token), _), logits) in own.filter(|((_, drawn), _)| !**drawn) {
                 let scheduled = &rows[row].scheduled;
                 let Some(choice) = self.choices.get_mut(&scheduled.id) else { continue };
                 match take_logits(choice, scheduled, token, logits) {
@@ -243,6 +248,39 @@ impl Engine {
             self.fail(id, &message);
         }
         outcomes
+    }
+
+    /// Lets the model's device draw the tokens that it can; returns for each of the `wanted` logit rows whether that is
+    /// done. A device that fails leaves all of them to the logits, and so to their errors.
+    fn draw(
+        &mut self,
+        rows: &[Prepared],
+        wanted: &[(usize, usize)],
+        (outcomes, failed): (&mut HashMap<SeqId, RowOutcome>, &mut Vec<(SeqId, String)>),
+    ) -> Vec<bool> {
+        let mut drawn = vec![false; wanted.len()];
+        if !self.model.is_on_gpu() {
+            return drawn;
+        }
+        let samples = |&(_, &(row, token)): &(usize, &(usize, usize))| {
+            rows[row].scheduled.samples && token + 1 == rows[row].scheduled.num_tokens
+        };
+        let of = |(at, &(row, _)): (usize, &(usize, usize))| {
+            let id = rows[row].scheduled.id;
+            Some((id, self.choices.get(&id)?.draw(at)?))
+        };
+        let (ids, draws): (Vec<_>, Vec<_>) = wanted.iter().enumerate().filter(samples).filter_map(of).unzip();
+        let Ok(Some(tokens)) = self.model.choose(&draws) else { return drawn };
+        for ((id, draw), token) in ids.into_iter().zip(draws).zip(tokens) {
+            let Some(choice) = self.choices.get_mut(&id) else { continue };
+            drawn[draw.row] = true;
+            match choice.accept(token) {
+                Ok(Progress::GoesOn(token)) => _ = outcomes.insert(id, RowOutcome::Sampled(token)),
+                Ok(Progress::Ended) => _ = outcomes.insert(id, RowOutcome::Finished),
+                Err(message) => failed.push((id, message)),
+            }
+        }
+        drawn
     }
 
     /// Tells the scheduler what came of the step; rows that failed are unknown to it by now.

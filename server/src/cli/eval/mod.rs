@@ -12,6 +12,7 @@ use model_zoo::compression::{CompressionOptions, Offer};
 use super::calibrate::{Bar, read_text};
 use super::model::ModelFlags;
 use super::offer;
+use crate::config::device::DeviceChoice;
 use crate::telemetry::logs::{self, LogFormat};
 
 /// `rheostat eval`'s flags.
@@ -48,7 +49,7 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     let text = read_text(&options.text)?;
     let plans = read_plans(options)?;
     let found = options.model.find()?;
-    let (mut loaded, tokenizer) = options.model.load(&found, None)?;
+    let (mut loaded, tokenizer) = options.model.load(&found, (DeviceChoice::Cpu, None))?;
     let dims = loaded.model.dims().clone();
     let calibration = offer::calibration(&found, options.calibration.as_deref(), &dims)?;
     let offer = offer::checked(Offer { calibration, ..Offer::default() }, &dims)?;

@@ -10,6 +10,7 @@ mod logprobs;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use model_zoo::models::Draw;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -70,6 +71,31 @@ impl Sampler {
             Some(top) => logprob_of(logits, token, top as usize),
             None => Ok(TokenLogprob { token, logprob: 0.0, top: Vec::new() }),
         }
+    }
+
+    /// How the next token is drawn from logit row `row`, where nothing has to look at all of its logits: the model's
+    /// device may do it then. Its token goes to [`Sampler::accept`].
+    pub(crate) fn draw(&self, row: usize) -> Option<Draw> {
+        let p = &self.params;
+        if self.modifies() || p.logprobs.is_some() {
+            return None;
+        }
+        // The nearest f32 may be 1.
+        let uniform = (self.uniform() as f32).min(1.0 - f32::EPSILON / 2.0);
+        let (temperature, top_p, min_p) = (p.temperature, p.top_p, p.min_p);
+        Some(Draw { row, top_k: p.top_k, temperature, top_p, min_p, uniform })
+    }
+
+    /// Remembers a token that was drawn elsewhere; [`u32::MAX`] says that there was none to draw.
+    ///
+    /// # Errors
+    /// [`BadLogits`].
+    pub(crate) fn accept(&mut self, token: u32) -> Result<TokenLogprob, BadLogits> {
+        if token == u32::MAX {
+            return Err(BadLogits);
+        }
+        self.remember(token);
+        Ok(TokenLogprob { token, logprob: 0.0, top: Vec::new() })
     }
 
     fn choose(&self, logits: &[f32]) -> Result<u32, BadLogits> {
