@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{compare, compression, connections, engine, overhead, run};
+use crate::{compare, compression, connections, engine, gpu, overhead, run};
 
 /// Measures engines and servers.
 #[derive(Debug, Parser)]
@@ -33,6 +33,8 @@ enum Command {
         #[arg(long, default_value = "")]
         only: String,
     },
+    /// Decode and prefill of random weights at known shapes on a GPU, beside what must be reached
+    Gpu(gpu::Options),
     /// Decode under compression plans, alone and mixed, beside what the plans' closed forms promise
     Compression {
         /// The GGUF file of smollm2-135m
@@ -62,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Engine { model, threads, only } => {
             engine::measure(&model, threads, &only).map_err(|e| e.to_string())
         }
+        Command::Gpu(options) => gpu::main(&options),
         Command::Compression { model, threads, rounds } => {
             compression::measure(&model, threads, rounds).map_err(|e| e.to_string())
         }

@@ -12,6 +12,7 @@ mod compression;
 mod connections;
 pub mod drive;
 mod engine;
+mod gpu;
 mod overhead;
 pub mod report;
 pub mod run;

@@ -7,7 +7,7 @@ use clap::Parser;
 use rheostat::config::Config;
 use rheostat::config::options::Options;
 use rheostat::reload::Reload;
-use rheostat::run::{Control, Listeners, run_controlled};
+use rheostat::run::{Control, Listeners, NamedModel, run_controlled};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -45,6 +45,17 @@ impl TestServer {
     /// # Panics
     /// When it cannot start.
     pub async fn start(flags: &[&str]) -> Self {
+        Self::start_over(flags, |config| rheostat::cli::open_model(config).expect("the model loads")).await
+    }
+
+    /// The same over what `open` makes of the configuration.
+    ///
+    /// # Panics
+    /// As [`TestServer::start`].
+    pub async fn start_over(
+        flags: &[&str],
+        open: impl FnOnce(&Config) -> NamedModel + Send + 'static,
+    ) -> Self {
         let ports = ["test", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
         let options = Flags::parse_from(ports.iter().chain(flags)).options;
         let reload = Reload::new(options.clone(), None).expect("signals can be handled");
@@ -53,10 +64,8 @@ impl TestServer {
         let http = listeners.http.local_addr().expect("bound");
         let grpc = listeners.grpc.local_addr().expect("bound");
         let for_model = config.clone();
-        let model = tokio::task::spawn_blocking(move || rheostat::cli::open_model(&for_model))
-            .await
-            .expect("loading does not panic")
-            .expect("the model loads");
+        let model =
+            tokio::task::spawn_blocking(move || open(&for_model)).await.expect("loading does not panic");
         let (shutdown, stopped) = oneshot::channel();
         let running = tokio::spawn(async move {
             let stopped = async {

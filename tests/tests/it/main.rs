@@ -9,6 +9,7 @@ mod clients;
 mod deploy;
 mod drain;
 mod energy;
+mod gpu;
 mod loadtest;
 mod security;
 mod soak;

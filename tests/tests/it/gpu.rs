@@ -1,0 +1,78 @@
+//! The server over the GPU's decoder, on the emulated device with a tiny model.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use model_zoo::compression::Offer;
+use model_zoo::kernels::cuda::emulated::{Emulated, Order};
+use model_zoo::loader::{LoadOptions, Target, load};
+use model_zoo::tokenizer::Tokenizer;
+use rheostat::run::NamedModel;
+use rheostat_tests::server::TestServer;
+use rheostat_tests::wire::{metric, request, until};
+use serde_json::{Value, json};
+
+/// The fixture `llama`, whose tokens are bytes, on an emulated device.
+async fn start() -> TestServer {
+    TestServer::start_over(&["--max-num-batched-tokens", "40"], |_| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model-zoo/tests/fixtures/llama");
+        let device = Target::Device(Arc::new(Emulated::new(Order::Upwards)));
+        let options = LoadOptions { device, ..LoadOptions::default() };
+        let loaded = load(&path, &options).expect("the fixture loads");
+        NamedModel { name: "tiny".into(), loaded, tokenizer: Tokenizer::toy(), offer: Offer::default() }
+    })
+    .await
+}
+
+async fn complete(server: &TestServer, prompt: usize, more: Value) -> (u16, Value) {
+    let tokens: Vec<usize> = (0..20 + 7 * prompt).map(|i| (i * 37 + prompt * 101) % 250).collect();
+    let mut body = json!({"prompt": tokens, "max_tokens": 12, "ignore_eos": true, "temperature": 0});
+    for (key, value) in more.as_object().expect("fields") {
+        body[key] = value.clone();
+    }
+    let (status, answer) = request(server.http, "POST", "/v1/completions", body.to_string().as_bytes()).await;
+    (status, serde_json::from_str(&answer).expect("JSON"))
+}
+
+async fn text(server: &TestServer, prompt: usize, more: Value) -> String {
+    let (status, answer) = complete(server, prompt, more).await;
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 12);
+    answer["choices"][0]["text"].as_str().expect("a text").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_drawn_on_the_device_are_those_of_its_logits() {
+    let server = start().await;
+    for prompt in 0..3 {
+        // Asking for log-probabilities brings the logits to the host, which draws then.
+        let drawn = text(&server, prompt, json!({})).await;
+        assert_eq!(text(&server, prompt, json!({"logprobs": 1})).await, drawn, "prompt {prompt}");
+        let seeded = json!({"temperature": 0.8, "seed": 5, "top_k": 1});
+        assert_eq!(text(&server, prompt, seeded).await, drawn, "only the likeliest token is kept");
+        let sampled = json!({"temperature": 1.5, "seed": 5, "top_p": 0.9});
+        let first = text(&server, prompt, sampled.clone()).await;
+        assert_eq!(text(&server, prompt, sampled).await, first, "a seed fixes the text");
+    }
+    // Many at once, with mixed plans, and nothing is left when they have ended.
+    let skip = json!({"compression": {"skip_decode": {"min_layers": 1, "core_layers": 1, "horizon": 4}}});
+    let calls = (0..6).map(|i| text(&server, i, if i % 2 == 0 { json!({}) } else { skip.clone() }));
+    futures_util::future::join_all(calls).await;
+    until(|| async { metric(server.http, "rheostat_sequences_running").await == 0.0 }).await;
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn methods_that_a_gpu_does_not_run_are_refused_by_name() {
+    let server = start().await;
+    let think = json!({"compression": {"think": {"ratio": 0.5, "recent": 4}}});
+    let (status, answer) = complete(&server, 3, think).await;
+    let message = answer["error"]["message"].as_str().unwrap_or_default();
+    assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("compression.think")), "{answer}");
+    assert!(message.contains("not run on a GPU"), "{message}");
+    // The pool follows its budget down while it lies on the device.
+    let (status, answer) = request(server.http, "PUT", "/admin/memory", br#"{"kv": "64KiB"}"#).await;
+    assert_eq!(status, 200, "{answer}");
+    text(&server, 1, json!({})).await;
+    server.stop().await;
+}
