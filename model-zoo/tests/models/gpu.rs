@@ -112,7 +112,14 @@ fn compile(options: &CompressionOptions) -> Plan {
         ..Calibration::default()
     };
     let offer = Offer { calibration: Some(calibration), ..Offer::default() };
-    let context = Context { num_layers: LAYERS, head_dim: 16, prompt_len: 20, max_tokens: 40, images: &[], offer: &offer };
+    let context = Context {
+        num_layers: LAYERS,
+        head_dim: 16,
+        prompt_len: 20,
+        max_tokens: 40,
+        images: &[],
+        offer: &offer,
+    };
     registry::compile(options, &context).unwrap()
 }
 

@@ -329,7 +329,8 @@ impl Choice {
 
     /// How its next token is drawn, where the model's device may do it.
     pub(super) fn draw(&self, row: usize) -> Option<Draw> {
-        let is_free = self.live.request.max_tokens > 0 && self.prompt_logprobs.is_none();
+        let looks = self.watch.as_deref().is_some_and(|watch| watch.wants_signal());
+        let is_free = self.live.request.max_tokens > 0 && self.prompt_logprobs.is_none() && !looks;
         is_free.then(|| self.sampler.draw(row)).flatten()
     }
 
@@ -339,6 +340,9 @@ impl Choice {
     /// As [`Choice::sample`].
     pub(super) fn accept(&mut self, token: u32) -> Result<Progress, String> {
         let token = self.sampler.accept(token).map_err(|e| e.to_string())?;
+        if let Some(watch) = &mut self.watch {
+            watch.sampled(token.token);
+        }
         self.sampled += 1;
         self.tick();
         Ok(self.advance(token))
