@@ -13,6 +13,7 @@ use model_zoo::compression::{CompressionOptions, Offer};
 
 use super::calibrate::{Bar, read_text};
 use super::model::ModelFlags;
+use crate::config::device::DeviceChoice;
 use crate::telemetry::logs::{self, LogFormat};
 
 /// `rheostat eval-vision`'s flags.
@@ -53,7 +54,7 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     let mut scenes = scenes::read(&options.questions)?;
     scenes.truncate(options.images.unwrap_or(usize::MAX));
     let found = options.model.find()?;
-    let (mut loaded, tokenizer) = options.model.load(&found, None)?;
+    let (mut loaded, tokenizer) = options.model.load(&found, (DeviceChoice::Cpu, None))?;
     let Some(vision) = loaded.vision.take() else {
         return Err(format!("{} does not see images", found.name));
     };
