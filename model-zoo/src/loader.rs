@@ -72,14 +72,12 @@ impl Target {
     }
 
     /// Refuses `what` on a GPU.
-    fn is_cpu(&self, what: &str) -> Result<()> {
-        match self {
-            Self::Cpu => Ok(()),
-            #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
-            Self::Device(_) => Err(ZooError::Unsupported(format!(
-                "{what} are not run on a GPU by this server; use device = \"cpu\""
-            ))),
+    fn only_cpu(&self, what: &str) -> Result<()> {
+        if matches!(self, Self::Cpu) {
+            return Ok(());
         }
+        let sentence = format!("{what} are not run on a GPU by this server; use device = \"cpu\"");
+        Err(ZooError::Unsupported(sentence))
     }
 
     /// Joules that the device has used since its driver was loaded, where it has a meter.
@@ -150,7 +148,7 @@ pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
 
 /// A model whose weights come in levels: of these as many as the budget holds.
 fn load_artefact(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    options.device.is_cpu("BitStack artefacts")?;
+    options.device.only_cpu("BitStack artefacts")?;
     let artefact = Artefact::open(path)?;
     let (config, tokenizer) = (artefact.config().clone(), artefact.tokenizer()?);
     // A second handle: the blocks are read when they are wanted, long after everything else.
@@ -202,7 +200,7 @@ pub fn base_of(path: &Path) -> Result<Option<Base>> {
 }
 
 fn load_llava(folder: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    options.device.is_cpu("models that see images")?;
+    options.device.only_cpu("models that see images")?;
     if let Some(base) = base_of(folder)? {
         let Some(path) = &options.base else {
             let model = base.model;
