@@ -177,7 +177,7 @@ async fn operators_resize_by_http_grpc_and_a_signal_and_damage_stops_growing_onl
     let config = model.path.with_file_name("rheostat.toml");
     let configure = |blocks: usize| {
         let text = format!(
-            "model = {:?}\n[memory]\nkv = \"2MiB\"\nweights = {}\n",
+            "[server]\nmodel = {:?}\n[memory]\nkv = \"2MiB\"\nweights = {}\n",
             model.path(),
             model.bytes[blocks]
         );
