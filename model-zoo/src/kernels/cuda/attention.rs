@@ -37,7 +37,7 @@ pub struct Items {
 /// Bytes of an item.
 pub const ITEM_BYTES: usize = 16;
 
-/// Bytes of scratch that [`decode`] needs for `items` items in `splits` splits.
+/// Bytes of scratch that `decode` needs for `items` items in `splits` splits.
 pub fn decode_scratch(heads: Heads, items: usize, splits: usize) -> [usize; 2] {
     let blocks = items * heads.kv * (heads.queries / heads.kv).div_ceil(16);
     [if splits > 1 { 4 * blocks * splits * 16 * (heads.dim + 2) } else { 0 }, 4 * blocks]

@@ -1,6 +1,6 @@
 //! The device seam: memory, copies, launches, products and captured steps, whatever runs them.
 //!
-//! Two implementations: [`super::driver`] is an NVIDIA GPU, [`super::emulated`] runs the same kernels on the host, for
+//! Two implementations: `driver` is an NVIDIA GPU, [`super::emulated`] runs the same kernels on the host, for
 //! tests on machines without one. Work is in the order in which it is asked for; only [`Device::download`] and
 //! [`Device::synchronize`] wait for it.
 

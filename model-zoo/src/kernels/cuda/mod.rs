@@ -1,7 +1,7 @@
 //! Kernels for GPUs, and the seam to the devices that run them.
 //!
 //! The `.cu` and `.cuh` files are CUDA C++. With the feature `cuda`, `nvcc` compiles them when the crate is built, and
-//! [`driver`] runs them through libraries that it opens at run time: a binary with this feature starts on machines
+//! `driver` runs them through libraries that it opens at run time: a binary with this feature starts on machines
 //! without any. With the feature `cuda-emulated`, the host's compiler compiles the same files for [`emulated`], where
 //! tests run them without a GPU.
 

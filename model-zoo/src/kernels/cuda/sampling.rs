@@ -23,7 +23,7 @@ pub fn draw_bytes(draws: &[Draw]) -> Vec<u8> {
 /// where logits are not numbers.
 ///
 /// # Errors
-/// [`ZooError::Device`].
+/// [`crate::ZooError::Device`].
 pub fn sample(
     device: &dyn Device,
     (logits, vocab): (Part, usize),
