@@ -7,6 +7,7 @@ mod eval_vision;
 mod key;
 mod model;
 pub(crate) mod offer;
+mod plans;
 mod pull;
 mod serve;
 

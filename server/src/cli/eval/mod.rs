@@ -6,12 +6,11 @@ mod report;
 
 use std::path::PathBuf;
 
-use indexmap::IndexMap;
-use model_zoo::compression::{CompressionOptions, Offer};
+use model_zoo::compression::Offer;
 
 use super::calibrate::{Bar, read_text};
 use super::model::ModelFlags;
-use super::offer;
+use super::{offer, plans};
 use crate::config::device::DeviceChoice;
 use crate::telemetry::logs::{self, LogFormat};
 
@@ -47,7 +46,7 @@ pub(super) struct Options {
 pub(super) fn main(options: &Options) -> Result<(), String> {
     logs::init(&options.log, LogFormat::Text)?;
     let text = read_text(&options.text)?;
-    let plans = read_plans(options)?;
+    let plans = plans::read(options.plans.as_deref(), include_str!("plans.toml"), "dense")?;
     let found = options.model.find()?;
     let (mut loaded, tokenizer) = options.model.load(&found, (DeviceChoice::Cpu, None))?;
     let dims = loaded.model.dims().clone();
@@ -63,27 +62,9 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     let title =
         format!("{} on {}", found.name, options.text.file_name().unwrap_or_default().to_string_lossy());
     std::fs::create_dir_all(&options.out).map_err(|e| format!("{}: {e}", options.out.display()))?;
-    let write = |name: &str, content: String| {
-        let path = options.out.join(name);
-        std::fs::write(&path, content).map_err(|e| format!("{}: {e}", path.display()))
-    };
-    write("eval.json", report::json(&title, &rows)?)?;
     let table = report::markdown(&title, &rows);
-    write("eval.md", table.clone())?;
+    plans::write(&options.out, report::json(&title, &rows)?, &table)?;
     plot::front(&options.out.join("eval.png"), &title, &rows)?;
     println!("{table}");
     Ok(())
-}
-
-/// The plans by name, in the order of the file, `dense` before all.
-fn read_plans(options: &Options) -> Result<IndexMap<String, CompressionOptions>, String> {
-    let (text, origin) = match &options.plans {
-        Some(path) => (read_text(path)?, path.display().to_string()),
-        None => (include_str!("plans.toml").to_owned(), "the built-in plans".to_owned()),
-    };
-    let given: IndexMap<String, CompressionOptions> =
-        toml::from_str(&text).map_err(|e| format!("{origin}: {e}"))?;
-    let mut plans = IndexMap::from([("dense".to_owned(), CompressionOptions::default())]);
-    plans.extend(given.into_iter().filter(|(name, _)| name != "dense"));
-    Ok(plans)
 }

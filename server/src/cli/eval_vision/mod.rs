@@ -8,11 +8,11 @@ mod timing;
 
 use std::path::PathBuf;
 
-use indexmap::IndexMap;
-use model_zoo::compression::{CompressionOptions, Offer};
+use model_zoo::compression::Offer;
 
-use super::calibrate::{Bar, read_text};
+use super::calibrate::Bar;
 use super::model::ModelFlags;
+use super::plans;
 use crate::config::device::DeviceChoice;
 use crate::telemetry::logs::{self, LogFormat};
 
@@ -50,7 +50,7 @@ const ALL: &str = "all";
 /// Answers what is not answered yet, times what is asked for, and writes the three files.
 pub(super) fn main(options: &Options) -> Result<(), String> {
     logs::init(&options.log, LogFormat::Text)?;
-    let plans = read_plans(options)?;
+    let plans = plans::read(options.plans.as_deref(), include_str!("plans.toml"), ALL)?;
     let mut scenes = scenes::read(&options.questions)?;
     scenes.truncate(options.images.unwrap_or(usize::MAX));
     let found = options.model.find()?;
@@ -74,27 +74,9 @@ pub(super) fn main(options: &Options) -> Result<(), String> {
     }
     let rows = report::rows(&plans, &done, timing::read(&times)?);
     let title = format!("{} on {} images", found.name, scenes.len());
-    let write = |name: &str, content: String| {
-        let path = options.out.join(name);
-        std::fs::write(&path, content).map_err(|e| format!("{}: {e}", path.display()))
-    };
-    write("eval.json", report::json(&title, &rows)?)?;
     let table = report::markdown(&title, &rows);
-    write("eval.md", table.clone())?;
+    plans::write(&options.out, report::json(&title, &rows)?, &table)?;
     plot::draw(&options.out.join("eval.png"), &title, &rows)?;
     println!("{table}");
     Ok(())
-}
-
-/// The plans by name, in the order of the file, [`ALL`] before them.
-fn read_plans(options: &Options) -> Result<IndexMap<String, CompressionOptions>, String> {
-    let (text, origin) = match &options.plans {
-        Some(path) => (read_text(path)?, path.display().to_string()),
-        None => (include_str!("plans.toml").to_owned(), "the built-in plans".to_owned()),
-    };
-    let given: IndexMap<String, CompressionOptions> =
-        toml::from_str(&text).map_err(|e| format!("{origin}: {e}"))?;
-    let mut plans = IndexMap::from([(ALL.to_owned(), CompressionOptions::default())]);
-    plans.extend(given.into_iter().filter(|(name, _)| name != ALL));
-    Ok(plans)
 }
