@@ -8,6 +8,7 @@ pub mod toy;
 
 use crate::Result;
 use crate::compression::Plan;
+use crate::config::DecoderConfig;
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::models::elastic::ElasticWeights;
 use crate::step::StepBatch;
@@ -38,6 +39,22 @@ pub struct ModelDims {
 }
 
 impl ModelDims {
+    /// The sizes that `config` says, of a model that holds `weight_bytes`; see the fields.
+    pub(crate) fn of(config: &DecoderConfig, weight_bytes: usize, sublayer_weights: [usize; 2]) -> Self {
+        Self {
+            architecture: config.architecture.clone(),
+            num_layers: config.num_layers,
+            hidden_size: config.hidden_size,
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            vocab_size: config.vocab_size,
+            max_context: config.max_context,
+            weight_bytes,
+            sublayer_weights,
+        }
+    }
+
     /// Page geometry for pages of `block_size` slots.
     pub fn kv_layout(&self, block_size: usize) -> KvLayout {
         KvLayout { num_kv_heads: self.num_kv_heads, head_dim: self.head_dim, block_size }

@@ -70,18 +70,7 @@ impl CpuDecoder {
     ) -> Result<Self> {
         let cpu = Cpu { pool: Pool::new(threads), isa };
         let weights = Reader { config: &config, source, cpu: &cpu, matrices }.weights()?;
-        let dims = ModelDims {
-            architecture: config.architecture.clone(),
-            num_layers: config.num_layers,
-            hidden_size: config.hidden_size,
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            vocab_size: config.vocab_size,
-            max_context: config.max_context,
-            weight_bytes: weights.bytes(),
-            sublayer_weights: weights.of_sublayers(),
-        };
+        let dims = ModelDims::of(&config, weights.bytes(), weights.of_sublayers());
         Ok(Self { config, dims, cpu, weights, stack: None, scratch: Scratch::default() })
     }
 }

@@ -52,18 +52,7 @@ impl GpuDecoder {
             .layers
             .first()
             .map_or([1; 2], |layer| [count([&layer.qkv, &layer.o]), count([&layer.gate_up, &layer.down])]);
-        let dims = ModelDims {
-            architecture: config.architecture.clone(),
-            num_layers: config.num_layers,
-            hidden_size: config.hidden_size,
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            vocab_size: config.vocab_size,
-            max_context: config.max_context,
-            weight_bytes,
-            sublayer_weights,
-        };
+        let dims = ModelDims::of(&config, weight_bytes, sublayer_weights);
         Ok(Self {
             scratch: Scratch::new(&*device, &config, (weights.heads, weights.ffn))?,
             tables: StepTables::new(Self::bounds(&config)),
