@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::Deserialize;
+
 /// Budgets to change; what is `None` stays.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryTargets {
@@ -9,6 +11,19 @@ pub struct MemoryTargets {
     pub weights: Option<u64>,
     /// Bytes that the KV pool may take.
     pub kv: Option<u64>,
+}
+
+/// What becomes of running requests whose weights a smaller budget takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnShrink {
+    /// They go on at once with the KV that they have: what follows is made by what is left, over KV by what was held.
+    /// Nobody waits, and the text is that of no single model.
+    #[default]
+    Continue,
+    /// Their KV is computed again by what is left, so that what follows is what these weights alone would write.
+    /// Everybody waits for that.
+    Recompute,
 }
 
 /// What is held, and how far the last change has come.

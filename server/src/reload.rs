@@ -64,7 +64,7 @@ const APPLIERS: [(&str, Applier); 7] = [
 type Key = fn(&Config) -> Box<dyn Debug>;
 
 /// What needs a restart.
-const FIXED: [(&str, Key); 16] = [
+const FIXED: [(&str, Key); 17] = [
     ("server.model", |c| Box::new(c.model.clone())),
     ("server.cache", |c| Box::new(c.cache.clone())),
     ("server.catalogue", |c| Box::new(c.catalogue.clone())),
@@ -77,6 +77,7 @@ const FIXED: [(&str, Key); 16] = [
         let lengths = (engine.max_num_batched_tokens, engine.max_model_len, engine.block_size);
         Box::new((engine.device, engine.max_num_seqs, lengths, engine.prefix_caching))
     }),
+    ("memory.on_shrink", |c| Box::new(c.engine.on_shrink)),
     ("energy", |c| Box::new(c.energy.clone())),
     ("verbosity", |c| Box::new(c.verbosity)),
     ("images", |c| Box::new(c.images.clone())),

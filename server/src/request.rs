@@ -355,6 +355,8 @@ pub struct Served {
     pub levels: f32,
     /// Tokens sampled.
     pub tokens: usize,
+    /// Whether it goes on over the KV of the part before, which other blocks have made.
+    pub continues: bool,
 }
 
 /// What of the model a choice ran, tokens that were computed again after a preemption included.

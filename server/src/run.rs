@@ -228,6 +228,7 @@ fn start_service(
         info,
         scheduler,
         memory: config.memory(),
+        on_shrink: config.engine.on_shrink,
         limits: config.limits.clone(),
         images: config.images.clone(),
         keys: Arc::new(KeyRing::new(&config.keys, Arc::clone(&metrics))),

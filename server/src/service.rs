@@ -20,7 +20,7 @@ use crate::engine::{self, EngineHandle, EngineParts, Record, TokenStream};
 use crate::error::{Error, ErrorKind};
 use crate::governor::Governor;
 use crate::images::{ImageLimits, Images};
-use crate::memory::MemoryTargets;
+use crate::memory::{MemoryTargets, OnShrink};
 use crate::request::{Caller, RawRequest};
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
@@ -96,6 +96,8 @@ pub struct ServiceParts {
     pub scheduler: SchedulerConfig,
     /// The budgets by which the model was loaded and the pool was sized.
     pub memory: MemoryTargets,
+    /// What becomes of requests that lose weights while they run.
+    pub on_shrink: OnShrink,
     /// Limits of requests.
     pub limits: Limits,
     /// Limits of images.
@@ -138,6 +140,7 @@ impl Service {
             info,
             scheduler,
             memory,
+            on_shrink,
             limits,
             images,
             keys,
@@ -159,6 +162,7 @@ impl Service {
             tokenizer: Arc::clone(&tokenizer),
             scheduler,
             memory,
+            on_shrink,
             energy,
             verbosity,
             metrics,

@@ -20,7 +20,7 @@ use crate::admission::Limits;
 use crate::auth::{KeyConfig, KeyRing};
 use crate::energy::Energy;
 use crate::images::ImageLimits;
-use crate::memory::MemoryTargets;
+use crate::memory::{MemoryTargets, OnShrink};
 use crate::scheduler::SchedulerConfig;
 use crate::service::{ModelInfo, Service, ServiceParts};
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
@@ -108,6 +108,7 @@ pub(crate) fn service_for(keys: &[KeyConfig]) -> (Service, Arc<Metrics>) {
             prefix_caching: true,
         },
         memory: MemoryTargets::default(),
+        on_shrink: OnShrink::default(),
         limits: Limits::default(),
         images: ImageLimits::default(),
         keys: Arc::new(KeyRing::new(keys, Arc::clone(&metrics))),

@@ -26,7 +26,7 @@ use crate::auth::KeyConfig;
 use crate::energy::EnergyConfig;
 use crate::governor::AUTO;
 use crate::images::ImageLimits;
-use crate::memory::{MemoryTargets, machine_memory};
+use crate::memory::{MemoryTargets, OnShrink, machine_memory};
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 use crate::traces::TraceConfig;
@@ -118,6 +118,8 @@ pub struct EngineConfig {
     pub kv_is_default: bool,
     /// Bytes of the weights at most; `None` means all of them.
     pub weight_bytes: Option<u64>,
+    /// What becomes of requests that lose weights while they run.
+    pub on_shrink: OnShrink,
 }
 
 /// A configuration that cannot be used, as a sentence.
@@ -287,6 +289,7 @@ fn engine_config(engine: EngineOptions, memory: MemoryOptions) -> EngineConfig {
         kv_bytes: memory.kv.map_or_else(default_kv, ByteSize::bytes),
         kv_is_default: memory.kv.is_none(),
         weight_bytes: memory.weights.map(ByteSize::bytes),
+        on_shrink: memory.on_shrink.unwrap_or_default(),
     }
 }
 

@@ -13,6 +13,7 @@ use super::device::DeviceChoice;
 use super::hosts::HostList;
 use super::keys::KeyOptions;
 use crate::energy::MeterChoice;
+use crate::memory::OnShrink;
 use crate::telemetry::MetricsCompat;
 use crate::telemetry::logs::LogFormat;
 use crate::traces::TraceConfig;
@@ -129,6 +130,9 @@ section! {
         kv: ByteSize = "memory-kv", "RHEOSTAT_MEMORY_KV";
         /// What the weights may take, of a model that can be held in part [default: all of it]
         weights: ByteSize = "memory-weights", "RHEOSTAT_MEMORY_WEIGHTS";
+        /// Requests that lose weights while they run: `continue` with the KV that they have, or `recompute` it
+        /// [default: continue]
+        on_shrink: OnShrink = "memory-on-shrink", "RHEOSTAT_MEMORY_ON_SHRINK";
     }
 }
 

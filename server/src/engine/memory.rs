@@ -2,10 +2,12 @@
 //!
 //! KV grows at once and shrinks some pages a turn (see [`crate::scheduler`]). Weights grow and shrink block by
 //! block. A choice is pinned, when it arrives, to the blocks that are held then and that its plan allows; growing
-//! changes nothing for it. A shrink that takes its blocks moves it down at once, to the count that will be held:
-//! it loses its KV and is computed again by the blocks that it has now, so that no text was written by a mixture
-//! and each part of it equals that of a solo run with those blocks. What its plan has decided for tokens that it
-//! has run stays decided.
+//! changes nothing for it. A shrink that takes its blocks moves it down at once, to the count that will be held.
+//! Then it either goes on over the KV that it has, or loses it and is computed again by the blocks that it has now
+//! ([`OnShrink`]); one that has sampled nothing yet is always computed again, since nobody waits between two of its
+//! tokens. Its usage tells the parts of the text, and which of them go on over KV of other blocks: a solo run that
+//! changes blocks at the same tokens has the same text. What its plan has decided for tokens that it has run stays
+//! decided.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -15,7 +17,7 @@ use tokio::sync::watch;
 
 use super::run::Engine;
 use crate::error::{Error, ErrorKind};
-use crate::memory::{KvMemory, MemoryStatus, MemoryTargets, Progress, WeightMemory, of};
+use crate::memory::{KvMemory, MemoryStatus, MemoryTargets, OnShrink, Progress, WeightMemory, of};
 use crate::request::GenerateRequest;
 use crate::scheduler::PageCopy;
 use crate::telemetry::MemoryGauges;
@@ -37,6 +39,7 @@ pub(super) struct Budgets {
     blocks: usize,
     pages: usize,
     error: Option<String>,
+    pub(super) on_shrink: OnShrink,
     change: u64,
     clocks: [Clock; 2],
     status: watch::Sender<MemoryStatus>,
@@ -90,6 +93,7 @@ impl Budgets {
             blocks,
             pages,
             error: None,
+            on_shrink: OnShrink::default(),
             change: 0,
             clocks: [reached; 2],
             status: watch::Sender::new(MemoryStatus::default()),
@@ -158,14 +162,17 @@ impl Engine {
     /// Moves every choice that is pinned to more than `blocks` down to them.
     fn move_down(&mut self, blocks: usize) {
         let levels = self.model.elastic().map_or(0.0, |elastic| elastic.mean_levels(blocks));
-        let mut changed = HashMap::new();
+        let (mut kept, mut changed) = (HashMap::new(), HashMap::new());
         for (&id, choice) in &mut self.choices {
             if choice.state.blocks.is_some_and(|own| own > blocks) {
-                choice.serve_with(blocks, levels as f32);
-                changed.insert(id, choice.live.request.plan.key().served_with(Some(blocks)));
+                let key = choice.live.request.plan.key().served_with(Some(blocks));
+                let keeps = self.budgets.on_shrink == OnShrink::Continue && self.scheduler.is_decoding(id);
+                choice.move_down((blocks, levels as f32), keeps);
+                if keeps { &mut kept } else { &mut changed }.insert(id, key);
             }
         }
-        self.shared.metrics.moved_down(changed.len());
+        self.shared.metrics.moved_down(kept.len() + changed.len());
+        self.scheduler.continue_as(&kept);
         self.scheduler.recompute(&changed);
     }
 

@@ -30,7 +30,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::energy::Energy;
 use crate::error::{Error, ErrorKind};
-use crate::memory::{MemoryStatus, MemoryTargets};
+use crate::memory::{MemoryStatus, MemoryTargets, OnShrink};
 use crate::request::GenerateRequest;
 use crate::scheduler::SchedulerConfig;
 use crate::telemetry::Metrics;
@@ -77,6 +77,8 @@ pub struct EngineParts {
     pub encoder_bytes: u64,
     /// The budgets by which the model was loaded and the pool was sized.
     pub memory: MemoryTargets,
+    /// What becomes of requests that lose weights while they run.
+    pub on_shrink: OnShrink,
     /// What its energy is metered by.
     pub energy: Arc<Energy>,
     /// How rows that do not end are found.
@@ -102,6 +104,7 @@ pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<()>)> {
     let engine = run::Engine::new(parts.model, (&parts.scheduler, parts.memory), shared);
     let mut engine = engine.map_err(io::Error::other)?;
     engine.hold_beside(parts.encoder_bytes);
+    engine.budgets.on_shrink = parts.on_shrink;
     engine.detector = Detector::new(parts.verbosity);
     let memory = engine.budgets.watch();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run(receiver))?;

@@ -141,7 +141,7 @@ impl Engine {
             }
             let mut choice = Choice::new(&live, (id, index), &self.shared);
             if let Some(pin) = pin {
-                choice.serve_with(pin.blocks, pin.levels);
+                choice.serve_with((pin.blocks, pin.levels), false);
             }
             self.watch(&mut choice);
             self.choices.insert(id, choice);

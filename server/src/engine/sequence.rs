@@ -228,18 +228,27 @@ impl Choice {
         self.state = state;
     }
 
-    /// It is served with these blocks of elastic weights from now on, of `levels` levels on average.
-    pub(super) fn serve_with(&mut self, blocks: usize, levels: f32) {
+    /// It is served with `blocks` blocks of elastic weights, of `levels` levels on average, from now on: over the KV
+    /// that it has where it `continues`, else computed from the start.
+    pub(super) fn serve_with(&mut self, (blocks, levels): (usize, f32), continues: bool) {
         self.state.blocks = Some(blocks);
-        // What it has sampled so far is computed again as a prompt is.
-        self.state.decode_from = Some(self.live.request.prompt.len() + self.sampled);
+        if !continues {
+            // What it has sampled so far is computed again as a prompt is.
+            self.state.decode_from = Some(self.live.request.prompt.len() + self.sampled);
+        }
+        self.served = self.served();
+        self.served.push(Served { blocks, levels, tokens: 0, continues });
+    }
+
+    /// It loses blocks to another budget.
+    pub(super) fn move_down(&mut self, to: (usize, f32), continues: bool) {
         match self.clock.started {
             // What it was promised before it ran, it never had.
             None => self.served.clear(),
             Some(_) => self.moved_down += 1,
         }
-        self.served = self.served();
-        self.served.push(Served { blocks, levels, tokens: 0 });
+        // One whose pages were taken waits to be computed anew, whatever it has sampled.
+        self.serve_with(to, continues);
     }
 
     /// The parts of its output, with the blocks by which each was made; parts without a token are left out.
@@ -298,6 +307,10 @@ impl Choice {
         let pruning = &mut self.state.pruning;
         pruning.sealed = false;
         pruning.query_sums.clear();
+        // The blocks that made a part of its KV may be gone: all of it is made by those that it has now.
+        if let Some(&Served { blocks, levels, continues: true, .. }) = self.served.last() {
+            self.serve_with((blocks, levels), false);
+        }
         // Its plan's decisions stay: computed again, each token has to run what it ran at first.
         if let Some(scores) = &mut self.prompt_logprobs {
             scores.clear();

@@ -164,6 +164,7 @@ impl KvPages {
         seq.num_computed = 0;
         seq.num_scheduled = 0;
         seq.sealed = false;
+        seq.is_mixed = false;
         (seq.dropped, seq.dropping) = (None, None);
         seq.kv_len.fill(0);
     }

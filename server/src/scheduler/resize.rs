@@ -61,6 +61,22 @@ impl Scheduler {
         }
     }
 
+    /// Whether a sequence has all of its KV and runs token by token.
+    pub fn is_decoding(&self, id: SeqId) -> bool {
+        self.sequences.0.get(&id).is_some_and(|seq| seq.num_computed > 0 && seq.is_decoding())
+    }
+
+    /// Has decoding sequences go on, each under a new key, over the KV that they have, which other weights have made.
+    /// What they compute is not shared until they lose their pages and begin anew.
+    pub fn continue_as(&mut self, changed: &HashMap<SeqId, PlanKey>) {
+        for (id, &key) in changed {
+            if let Some(seq) = self.sequences.0.get_mut(id) {
+                seq.spec.plan_key = key;
+                seq.is_mixed = true;
+            }
+        }
+    }
+
     /// Brings the pool to its configured size, or as near as the live sequences allow.
     pub(super) fn settle_num_pages(&mut self) {
         let wanted = self.config.num_pages;

@@ -34,6 +34,8 @@ pub(super) struct Sequence {
     pub(super) dropped: Option<Vec<usize>>,
     /// What the step that is about to be committed has dropped.
     pub(super) dropping: Option<Vec<usize>>,
+    /// A part of its KV was made by other weights than its key says.
+    pub(super) is_mixed: bool,
     /// Others come before it.
     pub(super) demoted: bool,
     /// Pages that it holds at most.
@@ -65,6 +67,7 @@ impl Sequence {
             sealed: false,
             dropped: None,
             dropping: None,
+            is_mixed: false,
             demoted: false,
             max_pages,
             spec,
@@ -148,7 +151,8 @@ impl Sequence {
 
     /// Of its first `num_tokens` tokens, those whose pages other sequences may use.
     pub(super) fn shareable(&self, num_tokens: usize) -> usize {
-        num_tokens.min(self.spec.demand.shareable_len())
+        let most = if self.is_mixed { self.shared.num_tokens } else { self.spec.demand.shareable_len() };
+        num_tokens.min(most)
     }
 
     /// Of its first `num_tokens` tokens, those that the prefix cache may answer for.

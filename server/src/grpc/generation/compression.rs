@@ -92,6 +92,7 @@ impl WeightUse {
             blocks: part.blocks as u64,
             levels: part.levels,
             completion_tokens: part.tokens as u32,
+            continues: part.continues,
         }));
     }
 }

@@ -73,7 +73,7 @@ pub(crate) struct VisualTokens {
 /// The weights that a request was served with.
 #[derive(Debug, Default, Clone, Serialize, ToSchema)]
 pub(crate) struct WeightUsage {
-    /// Times that a choice lost weights while it ran, and was computed again with fewer.
+    /// Times that a choice lost weights while it ran, and went on with fewer.
     moved_down: usize,
     /// The parts of the output, of each choice in order.
     served: Vec<ServedPart>,
@@ -89,6 +89,8 @@ pub(crate) struct ServedPart {
     levels: f32,
     /// Tokens sampled.
     completion_tokens: usize,
+    /// Whether it goes on over the KV of the part before, which other blocks have made.
+    continues: bool,
 }
 
 /// Of the prompt tokens.
@@ -140,6 +142,7 @@ impl Usage {
                 blocks: part.blocks,
                 levels: part.levels,
                 completion_tokens: part.tokens,
+                continues: part.continues,
             }));
         }
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
