@@ -68,6 +68,8 @@ struct Output {
     tokens: Vec<u32>,
     /// (blocks, tokens)
     served: Vec<(usize, usize)>,
+    /// Parts that go on over KV of other blocks.
+    continued: usize,
 }
 
 /// A greedy completion of `max_tokens` tokens.
@@ -85,7 +87,8 @@ async fn complete(
     let parts = answer["usage"]["compression"]["weights"]["served"].as_array().expect("parts");
     let count = |part: &Value, key: &str| part[key].as_u64().expect("a count") as usize;
     let served = parts.iter().map(|part| (count(part, "blocks"), count(part, "completion_tokens"))).collect();
-    Output { prompt: prompt.to_vec(), tokens, served }
+    let continued = parts.iter().filter(|part| part["continues"] == true).count();
+    Output { prompt: prompt.to_vec(), tokens, served, continued }
 }
 
 /// Prompts of 4 to 33 tokens, of which some begin alike.
@@ -106,14 +109,15 @@ async fn stream(server: &ServerProcess, (first, stop): (usize, &AtomicBool)) -> 
     outputs
 }
 
-/// Moves the budget at random, mostly by a few blocks, and looks at what is held after each step.
-async fn walk((server, model): (&ServerProcess, &Model), resident: u64, stop: &AtomicBool) {
+/// Moves the budget at random `steps` times, mostly by a few blocks, and looks at what is held after each.
+async fn walk((server, model): (&ServerProcess, &Model), steps: usize, stop: &AtomicBool) {
+    let resident = server.resident_bytes();
     let (most, mut blocks, mut state) = (model.bytes.len() - 1, 0, 9u64);
     let mut random = |below: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below
     };
-    for step in 0..STEPS {
+    for step in 0..steps {
         blocks = match step % 40 {
             39 => random(most + 1),
             _ => (blocks + random(13)).saturating_sub(6).min(most),
@@ -130,22 +134,25 @@ async fn walk((server, model): (&ServerProcess, &Model), resident: u64, stop: &A
     stop.store(true, Ordering::Relaxed);
 }
 
+/// What the streams were answered while the budget of `server`, which begins with the base, walked `steps` times.
+async fn walk_under_load(server: &ServerProcess, model: &Model, steps: usize) -> Vec<Output> {
+    let stop = AtomicBool::new(false);
+    let streams = (0..STREAMS).map(|first| stream(server, (first, &stop)));
+    let streams = futures_util::future::join_all(streams);
+    let (outputs, ()) = futures_util::future::join(streams, walk((server, model), steps, &stop)).await;
+    outputs.into_iter().flatten().collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_budgets_under_load_fail_nobody_and_change_no_text() {
     let model = Model::new();
     let base = model.bytes[0].to_string();
     let kv = KV.to_string();
     let memory = ["--memory-weights", &base, "--memory-kv", &kv, "--max-num-batched-tokens", "64"];
+    let memory = [&memory[..], &["--memory-on-shrink", "recompute"]].concat();
     let server = start(&[&["--model", model.path()], &memory[..]].concat());
     let resident = server.resident_bytes();
-    let stop = AtomicBool::new(false);
-    let streams = (0..STREAMS).map(|first| stream(&server, (first, &stop)));
-    let (outputs, ()) = futures_util::future::join(
-        futures_util::future::join_all(streams),
-        walk((&server, &model), resident, &stop),
-    )
-    .await;
-    let outputs: Vec<Output> = outputs.into_iter().flatten().collect();
+    let outputs = walk_under_load(&server, &model, STEPS).await;
     let moved = outputs.iter().filter(|output| output.served.len() > 1).count();
     assert!(outputs.len() > 50 && moved > 20, "{moved} of {} requests moved down", outputs.len());
     for output in outputs.iter().step_by(outputs.len() / 24) {
@@ -163,6 +170,25 @@ async fn a_thousand_budgets_under_load_fail_nobody_and_change_no_text() {
     set_weights(&server, model.bytes[0]).await;
     let left = server.resident_bytes();
     assert!(left <= resident + KV + OVERHEAD, "{left} bytes are left of {resident}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shrink_lets_streams_go_on_unless_it_is_told_to_recompute() {
+    let model = Model::new();
+    let base = model.bytes[0].to_string();
+    let server = start(&["--model", model.path(), "--memory-weights", &base]);
+    let outputs = walk_under_load(&server, &model, STEPS / 10).await;
+    let continued: usize = outputs.iter().map(|output| output.continued).sum();
+    let parts: usize = outputs.iter().map(|output| output.served.len()).sum();
+    assert!(continued > 10, "{continued} of {parts} parts");
+    // What comes before the first change is that of its blocks alone; the rest needs the same changes at the same tokens.
+    for output in outputs.iter().filter(|output| output.continued > 0).take(6) {
+        assert_eq!(output.tokens.len(), TOKENS);
+        let (blocks, tokens) = output.served[0];
+        set_weights(&server, model.bytes[blocks]).await;
+        let solo = complete(&server, &output.prompt, (tokens, json!({}))).await;
+        assert_eq!(solo.tokens, output.tokens[..tokens], "{:?}", output.served);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
