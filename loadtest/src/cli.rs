@@ -80,3 +80,15 @@ pub fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_command_has_flags_that_fit_together() {
+        Args::command().debug_assert();
+    }
+}

@@ -15,6 +15,7 @@ mod keys;
 pub mod logs;
 mod memory;
 mod recent;
+mod responses;
 mod samples;
 #[cfg(test)]
 mod tests;
@@ -228,12 +229,6 @@ const BUILD: Definition =
     plain("rheostat_build_info", "", "Version of the server, in the labels; the value is 1");
 const MODEL: Definition = plain("rheostat_model_info", "", "The served model, in the labels; the value is 1");
 
-// Of the front ends.
-const HTTP_REQUESTS: Definition =
-    plain("rheostat_http_requests_total", "", "HTTP responses by route, method and status");
-const GRPC_REQUESTS: Definition =
-    plain("rheostat_grpc_requests_total", "", "gRPC responses by method and code");
-
 const DEFINITIONS: &[Definition] = &[
     QUEUE,
     TTFT,
@@ -265,8 +260,8 @@ const DEFINITIONS: &[Definition] = &[
     CACHE_CONFIG,
     BUILD,
     MODEL,
-    HTTP_REQUESTS,
-    GRPC_REQUESTS,
+    responses::HTTP_REQUESTS,
+    responses::GRPC_REQUESTS,
 ];
 
 /// Whether metrics are repeated under another server's names.
@@ -280,7 +275,7 @@ pub enum MetricsCompat {
     None,
 }
 
-/// Handles of every metric of one server. Recording is lock-free except for the front ends' counters.
+/// Handles of every metric of one server. Recording is lock-free but for what is looked up by label.
 #[derive(Debug)]
 pub struct Metrics {
     /// Images in prompts.
@@ -314,6 +309,7 @@ pub struct Metrics {
     kv_pages: [Paired<Gauge>; 3],
     kv_usage: Paired<Gauge>,
     recent: Recent,
+    responses: responses::Responses,
     memory: memory::MemoryInstruments,
 }
 
@@ -372,6 +368,7 @@ impl Metrics {
             kv_usage: gauge(&KV_USAGE),
             images: ImageMetrics::new(&instruments),
             recent: Recent::default(),
+            responses: responses::Responses::default(),
             memory: memory::MemoryInstruments::new(&instruments),
             instruments,
         }
@@ -457,18 +454,6 @@ impl Metrics {
         for (counter, count) in self.sublayers_skipped.iter().zip(skipped) {
             counter.add(count);
         }
-    }
-
-    /// An HTTP response was sent. `route` and `method` must come from a fixed set, not from the client.
-    pub fn http_request(&self, route: &str, method: &str, status: u16) {
-        let labels = [label("route", route), label("method", method), label("status", status.to_string())];
-        self.instruments.counter(&HTTP_REQUESTS, labels.concat(), Vec::new()).add(1);
-    }
-
-    /// A gRPC response was sent. `method` must come from a fixed set, not from the client.
-    pub fn grpc_request(&self, method: &str, code: tonic::Code) {
-        let labels = [label("method", method), label("code", format!("{code:?}"))].concat();
-        self.instruments.counter(&GRPC_REQUESTS, labels, Vec::new()).add(1);
     }
 
     /// Everything in Prometheus' text format.

@@ -22,6 +22,8 @@ const ANSWER: usize = 900;
 
 /// The stub server's flags: the real server's.
 #[derive(Debug, Clone, clap::Args)]
+// A struct's name is its group's, and the flattened one is called Options too.
+#[group(id = "stub")]
 pub(crate) struct Options {
     #[command(flatten)]
     server: options::Options,

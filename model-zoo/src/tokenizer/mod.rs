@@ -124,7 +124,7 @@ impl Tokenizer {
     /// The bytes that a token stands for: of a special token, its spelling.
     pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
         let piece = self.inner.id_to_token(id)?;
-        if self.inner.get_added_tokens_decoder().contains_key(&id) {
+        if self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
             return Some(piece.into_bytes());
         }
         Some(match self.pieces {

@@ -51,6 +51,20 @@ fn value(text: &str, series: &str) -> f64 {
 }
 
 #[test]
+fn responses_are_counted_by_their_labels() {
+    let metrics = used(MetricsCompat::Vllm);
+    metrics.http_request("/v1/models", "GET", 200);
+    metrics.http_request("/v1/models", "GET", 401);
+    metrics.grpc_request("rheostat.v1.Rheostat/Generate", tonic::Code::Ok);
+    metrics.grpc_request("rheostat.v1.Rheostat/Generate", tonic::Code::Aborted);
+    let text = metrics.render();
+    let http = |status| format!(r#"rheostat_http_requests_total{{route="/v1/models",method="GET",status="{status}"}}"#);
+    let grpc = |code| format!(r#"rheostat_grpc_requests_total{{method="rheostat.v1.Rheostat/Generate",code="{code}"}}"#);
+    assert_eq!([value(&text, &http(200)), value(&text, &http(401))], [2.0, 1.0]);
+    assert_eq!([value(&text, &grpc("Ok")), value(&text, &grpc("Aborted"))], [2.0, 1.0]);
+}
+
+#[test]
 fn samples_arrive_under_both_names() {
     let text = used(MetricsCompat::Vllm).render();
     let vllm = r#"model_name="toy",engine="0""#;
@@ -85,7 +99,7 @@ fn compat_none_emits_only_our_names() {
 #[test]
 fn every_metric_is_exposed_before_its_first_sample() {
     let text = Metrics::new(&served(), MetricsCompat::Vllm).render();
-    let front_ends = [HTTP_REQUESTS.name, GRPC_REQUESTS.name];
+    let front_ends = [responses::HTTP_REQUESTS.name, responses::GRPC_REQUESTS.name];
     for name in DEFINITIONS.iter().flat_map(|d| [d.name, d.vllm]) {
         let missing = !text.contains(&format!("# TYPE {name} "));
         assert!(name.is_empty() || !missing || front_ends.contains(&name), "{name} is missing");
