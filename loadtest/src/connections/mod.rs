@@ -18,6 +18,9 @@ use crate::overhead::server_address;
 
 /// How long memory may take to settle after connections came or went.
 const SETTLE: Duration = Duration::from_secs(2);
+/// How long after connections went what they held may take to go back to the operating system: allocators keep what
+/// is freed for ten seconds.
+const GIVE_BACK: Duration = Duration::from_secs(15);
 
 /// `rheostat-loadtest connections`'s flags.
 #[derive(Debug, clap::Args)]
@@ -128,7 +131,7 @@ fn round(server: &Server, options: &Options, time: Duration) -> Result<Round, St
     let deaf = server.resident()?;
     let beside = streams::measure(server.http, time)?;
     drop(crowd);
-    std::thread::sleep(SETTLE);
+    std::thread::sleep(GIVE_BACK);
     Ok(Round { alone, beside, resident: [before, idle, deaf, server.resident()?] })
 }
 
