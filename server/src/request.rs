@@ -178,6 +178,8 @@ pub struct GenerateRequest {
     pub prompt: Arc<[u32]>,
     /// The images that the prompt has places for, in order, none over another.
     pub images: Arc<[PromptImage]>,
+    /// Joules that encoding its images was charged; `None` where nobody knows.
+    pub image_joules: Option<f64>,
     /// Validated sampling parameters; `seed` is set.
     pub sampling: Arc<SamplingParams>,
     /// Tokens to generate at most; 0 only scores the prompt.

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use crate::auth::KeyRing;
 use crate::config::Config;
-use crate::energy::{Energy, meter};
+use crate::energy::{Energy, EnergyConfig, meter};
 use crate::governor::{Front, Governor, PowerGauge};
 use crate::memory::of;
 use crate::reload::Reload;
@@ -206,7 +206,11 @@ fn start_service(
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     // Decoders run on the CPU's cores.
     let meter = meter::open(&config.energy, meter::Device::Cpu);
-    let energy = Arc::new(Energy::new(meter, &config.energy, &metrics));
+    // The image encoder gets half of the threads, one at least.
+    let threads = config.engine.threads.get();
+    let encoder_share = threads.div_ceil(2) as f64 / threads as f64;
+    let metering = EnergyConfig { encoder_share, ..config.energy.clone() };
+    let energy = Arc::new(Energy::new(meter, &metering, &metrics));
     if config.governor.policy.cap_watts.is_some() && energy.source().is_none() {
         tracing::warn!("power.cap_watts has no effect: there is no energy meter");
     }

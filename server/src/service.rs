@@ -151,7 +151,7 @@ impl Service {
         } = parts;
         let encoder_bytes = vision.as_ref().map_or(0, |vision| vision.encoder.weight_bytes()) as u64;
         let info = Arc::new(info);
-        let images = Images::new(vision, images, Arc::clone(&metrics));
+        let images = Images::new(vision, images, Arc::clone(&metrics), Arc::clone(&energy));
         let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits)
             .governed_by(governor.clone())
             .metered(energy.source().is_some())

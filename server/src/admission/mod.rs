@@ -115,6 +115,7 @@ impl Admission {
         let encoding = registry::encoding(&compression, &offer).map_err(refuse_options)?;
         let shown = self.images.embed(take_images(&mut prompt), encoding).await?;
         let prompt = self.prompts.encode(prompt, raw.add_special_tokens).await?;
+        let image_joules = shown.joules;
         let prepared = registry::prepare(&compression, &offer, shown.embeddings).map_err(refuse_options)?;
         let (prompt, images) = self.images.place(prompt, &prepared)?;
         let longest = self.model.max_model_len();
@@ -137,6 +138,7 @@ impl Admission {
             id: guard.id().to_owned(),
             prompt: prompt.into(),
             images,
+            image_joules,
             sampling: Arc::new(sampling),
             max_tokens,
             n,

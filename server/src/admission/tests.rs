@@ -3,6 +3,7 @@ use model_zoo::compression::Offer;
 use model_zoo::models::ModelDims;
 
 use super::*;
+use crate::energy::Energy;
 use crate::images::ImageLimits;
 use crate::request::{ChatPrompt, SamplingParams};
 use crate::telemetry::{Metrics, MetricsCompat, ServedModel};
@@ -31,7 +32,7 @@ fn admission(max_concurrent_requests: usize) -> Admission {
     };
     let limits = Limits { max_concurrent_requests, ..Limits::default() };
     let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
-    let images = Images::new(None, ImageLimits::default(), metrics);
+    let images = Images::new(None, ImageLimits::default(), metrics, Arc::new(Energy::off()));
     Admission::new(Arc::new(model), Arc::new(Tokenizer::toy()), images, limits)
 }
 

@@ -21,11 +21,12 @@ pub(super) fn config(options: EnergyOptions) -> Result<EnergyConfig, String> {
     }
     Ok(EnergyConfig {
         meter: options.meter.unwrap_or_default(),
-        powercap: options.powercap.unwrap_or(defaults.powercap),
+        powercap: options.powercap.unwrap_or_else(|| defaults.powercap.clone()),
         gpu: options.gpu.unwrap_or(defaults.gpu),
         watts_per_core: options.watts_per_core.unwrap_or(defaults.watts_per_core),
         idle: options.idle_watts,
         period: options.period_ms.map(Duration::from_millis),
+        ..defaults
     })
 }
 

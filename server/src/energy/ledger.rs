@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::encodings::Encodings;
 use super::meter::Reading;
 
 /// An idle window of at least this long says what the machine draws when nothing runs.
@@ -47,9 +48,11 @@ pub struct Totals {
     pub prefill: f64,
     /// Charged for decode.
     pub decode: f64,
+    /// Charged for encoding images.
+    pub image: f64,
     /// Charged to nobody.
     pub idle: f64,
-    /// What the meter said: the sum of the three, less what was charged too early and is still to be paid back.
+    /// What the meter said: the sum of the four, less what was charged too early and is still to be paid back.
     pub metered: f64,
     /// Times that a counter was set back.
     pub resets: u64,
@@ -66,6 +69,7 @@ pub struct Ledger {
     open: Vec<Work>,
     /// Work and joules of those that left the open window.
     left: (f64, f64),
+    encodings: Encodings,
     /// Means of joules and of work over the last windows with work: their ratio is what a unit of work costs.
     /// (The mean of ratios would be that of windows with little work.)
     means: Option<(f64, f64)>,
@@ -76,14 +80,16 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Books that begin with `first`. Where `idle_watts` is not told, it is learned.
-    pub fn new(first: Reading, idle_watts: Option<f64>) -> Self {
+    /// Books that begin with `first`. Where `idle_watts` is not told, it is learned. Images are encoded on
+    /// `encoder_share` of as many threads as the model runs on; 0 where the meter does not see the encoder.
+    pub fn new(first: Reading, idle_watts: Option<f64>, encoder_share: f64) -> Self {
         Self {
             last: first,
             idle_watts: idle_watts.unwrap_or(0.0),
             learns_idle: idle_watts.is_none().then_some(false),
             open: Vec::new(),
             left: (0.0, 0.0),
+            encodings: Encodings::new(encoder_share),
             means: None,
             debt: 0.0,
             totals: Totals::default(),
@@ -136,9 +142,28 @@ impl Ledger {
         Some(joules)
     }
 
+    /// The image `id` is being encoded from now on.
+    pub fn encode(&mut self, id: u64, at: Instant) {
+        self.encodings.begin(id, at);
+    }
+
+    /// The image `id` has been encoded, while steps run or not: what it is charged in all, of the open window what
+    /// `reading` says. `None` where a counter was set back meanwhile.
+    pub fn encoded(&mut self, id: u64, reading: Reading, steps_run: bool) -> Option<f64> {
+        let (window, elapsed) = ((self.last.at, reading.at), self.age(reading.at));
+        let joules = (reading.joules - self.last.joules).max(0.0);
+        let idle = joules.min(self.idle_watts * elapsed.as_secs_f64());
+        let active = (joules - idle - self.left.1 - self.encodings.left()).max(0.0);
+        let part = self.encodings.part(window, if steps_run { elapsed } else { Duration::ZERO });
+        let active = (!reading.reset).then_some(active);
+        let (all, newest) = self.encodings.end(id, (active, part), window);
+        self.totals.image += newest;
+        all
+    }
+
     /// Ends the window with `reading` and charges its work.
     pub fn close(&mut self, reading: Reading) -> &[Paid] {
-        let elapsed = self.age(reading.at);
+        let (window, elapsed) = ((self.last.at, reading.at), self.age(reading.at));
         let joules = (reading.joules - self.last.joules).max(0.0);
         self.last = reading;
         self.paid.clear();
@@ -149,20 +174,25 @@ impl Ledger {
             return &self.paid;
         }
         self.totals.metered += joules;
-        let is_idle = work + left_work <= 0.0;
+        let has_steps = work + left_work > 0.0;
+        let is_idle = !has_steps && !self.encodings.any();
         if is_idle && elapsed >= IDLE_WINDOW {
             self.learn_idle(joules / elapsed.as_secs_f64());
         }
         let idle = if is_idle { joules } else { joules.min(self.idle_watts * elapsed.as_secs_f64()) };
-        let active = joules - idle;
-        if work + left_work > 0.0 {
-            let newest = (active, work + left_work);
+        let (active, images_left) = (joules - idle, self.encodings.left());
+        // What is left after those that were charged before the window ended.
+        let rest = self.settle(active - left_joules - images_left);
+        let images = rest * self.encodings.part(window, if has_steps { elapsed } else { Duration::ZERO });
+        self.encodings.close(images, window);
+        self.totals.image += images;
+        if has_steps {
+            let newest = ((active - images_left - images).max(0.0), work + left_work);
             let mean = |old: f64, new: f64| old + NEWEST * (new - old);
             self.means =
                 Some(self.means.map_or(newest, |old| (mean(old.0, newest.0), mean(old.1, newest.1))));
         }
-        // What is left after those that were charged before the window ended.
-        let rest = self.settle(active - left_joules);
+        let rest = rest - images;
         let (rest, idle) = if work > 0.0 { (rest, idle) } else { (0.0, idle + rest) };
         self.totals.idle += self.settle(idle);
         self.pay(rest, work);
@@ -191,7 +221,8 @@ impl Ledger {
     /// as much.
     fn lose(&mut self, left_joules: f64) {
         self.totals.resets += 1;
-        self.totals.metered += left_joules;
+        self.totals.metered += left_joules + self.encodings.left();
+        self.encodings.lose();
         let lost = |work: Work| Paid { id: work.id, phase: work.phase, joules: None };
         self.paid.extend(self.open.drain(..).map(lost));
     }

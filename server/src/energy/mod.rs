@@ -29,14 +29,28 @@
 //! is under way: a request that ends inside a window is charged at the joules per work of the last windows, and the
 //! others get the rest; if that was too much, the next windows pay it back.
 //!
+//! An image is encoded beside the steps, for many windows long. While it is, it takes a share of each of them by the
+//! time that the encoder's threads and the model's could run:
+//!
+//! ```text
+//! E_image = (ΔE − E_idle) · s · t / (s · t + Δt)   without Δt when no step ended in the window
+//! s       = threads of the encoder ÷ threads of the model (0 where the meter is a GPU's: the encoder is not on it)
+//! t       = time of the window in which the encoder had the image
+//! ```
+//!
+//! and the rows share the rest. The first choice of the request that had the image encoded is charged for it when it
+//! is queued; whoever finds it in the cache pays nothing. The image of a request that is refused or gone by then is
+//! nobody's, but in the totals as `image`. Fetching, decoding and scaling of the file are not in it.
+//!
 //! A counter that is set back leaves a window whose energy nobody knows. It is in no total, and what ran in it
 //! reports no joules at all rather than a part.
 //!
-//! Charged to whom it is not due: what the front ends and image encoders use while steps run goes to the rows by the
+//! Charged to whom it is not due: what the front ends use while steps run goes to the rows by the
 //! same shares (a processor's counter does not know threads), and so does what other programs of the machine use
 //! where the meter counts them. Sampling and commit fall into the next step's window.
 
 mod counter;
+mod encodings;
 mod estimate;
 pub mod ledger;
 pub mod meter;
@@ -48,7 +62,7 @@ mod tests;
 pub mod work;
 
 pub use ledger::{Paid, Phase, Totals, Work};
-pub use shared::Energy;
+pub use shared::{Energy, ImageMeter};
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -116,6 +130,8 @@ pub struct EnergyConfig {
     pub idle: Option<f64>,
     /// Least time between two readings; `None` takes what suits the meter.
     pub period: Option<Duration>,
+    /// Threads of the image encoder for each of the model's.
+    pub encoder_share: f64,
 }
 
 /// What the estimate takes for a machine that does nothing, unless it is told.
@@ -130,6 +146,7 @@ impl Default for EnergyConfig {
             watts_per_core: 8.0,
             idle: None,
             period: None,
+            encoder_share: 0.5,
         }
     }
 }

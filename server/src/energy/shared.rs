@@ -35,6 +35,32 @@ struct State {
     reset: bool,
     ticked: Reading,
     shown: Totals,
+    /// Images that were encoded.
+    images: u64,
+}
+
+/// An image that is being encoded; dropping it ends it.
+#[derive(Debug)]
+pub struct ImageMeter<'a> {
+    energy: &'a Energy,
+    id: u64,
+    ended: bool,
+}
+
+impl ImageMeter<'_> {
+    /// What it was charged, without a meter 0; `None` where nobody knows.
+    pub fn end(mut self) -> Option<f64> {
+        self.ended = true;
+        self.energy.encoded(self.id)
+    }
+}
+
+impl Drop for ImageMeter<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.energy.encoded(self.id);
+        }
+    }
 }
 
 impl State {
@@ -62,13 +88,16 @@ impl Energy {
         let source = meter.source();
         let first = meter.read();
         let idle = if source == Source::Estimate { Some(config.idle_watts()) } else { config.idle };
+        // A GPU's counter knows nothing of the encoder, which runs on the processor.
+        let encoder_share = if source == Source::Nvml { 0.0 } else { config.encoder_share };
         let state = State {
             meter,
-            ledger: Ledger::new(first, idle),
+            ledger: Ledger::new(first, idle, encoder_share),
             busy: false,
             reset: false,
             ticked: first,
             shown: Totals::default(),
+            images: 0,
         };
         Self {
             metered: Some(Metered {
@@ -136,6 +165,26 @@ impl Energy {
             Some(metered) => metered.state().ledger.leave(id),
             None => Some([0.0; 2]),
         }
+    }
+
+    /// An image is being encoded from now on, until the answer is ended.
+    pub fn encode(&self) -> ImageMeter<'_> {
+        let id = self.metered.as_ref().map_or(0, |metered| {
+            let mut state = metered.state();
+            state.images += 1;
+            let id = state.images;
+            state.ledger.encode(id, std::time::Instant::now());
+            id
+        });
+        ImageMeter { energy: self, id, ended: false }
+    }
+
+    fn encoded(&self, id: u64) -> Option<f64> {
+        let Some(metered) = &self.metered else { return Some(0.0) };
+        let mut state = metered.state();
+        let reading = state.read();
+        let (reset, busy) = (state.reset, state.busy);
+        state.ledger.encoded(id, Reading { reset, ..reading }, busy)
     }
 
     /// Looks at the meter; while nothing runs, what was used is nobody's.

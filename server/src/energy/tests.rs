@@ -20,6 +20,10 @@ enum Event {
     Read(u64, f64),
     /// The same, where a counter was set back.
     Reset(u64),
+    /// An image is being encoded from now on.
+    Encode(u64),
+    /// It has been, after so many milliseconds and joules, while steps run or not.
+    Encoded(u64, (u64, f64), bool),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -29,13 +33,16 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (0u64..8).prop_map(Event::Leave),
         5 => (1u64..3000, 0.0..200.0f64).prop_map(|(ms, joules)| Event::Read(ms, joules)),
         1 => (1u64..3000).prop_map(Event::Reset),
+        2 => (0u64..3).prop_map(Event::Encode),
+        3 => (0u64..3, (0u64..3000, 0.0..200.0f64), any::<bool>())
+            .prop_map(|(id, read, steps)| Event::Encoded(id, read, steps)),
     ]
 }
 
 /// Runs `events` and returns what each id was charged, what it left without knowing, and the books.
 fn run(events: &[Event], idle_watts: Option<f64>) -> ([f64; 8], [bool; 8], Ledger, f64) {
     let mut now = Reading { at: Instant::now(), joules: 0.0, reset: false };
-    let mut ledger = Ledger::new(now, idle_watts);
+    let mut ledger = Ledger::new(now, idle_watts, 0.5);
     let (mut charged, mut unknown, mut metered) = ([0.0; 8], [false; 8], 0.0);
     let events = events.iter().cloned().chain([Event::Read(100, 5.0)]);
     for event in events {
@@ -60,6 +67,13 @@ fn run(events: &[Event], idle_watts: Option<f64>) -> ([f64; 8], [bool; 8], Ledge
                     charged[id as usize] += joules.expect("nothing was reset");
                 }
             }
+            Event::Encode(id) => ledger.encode(id, now.at),
+            Event::Encoded(id, (ms, joules), steps_run) => {
+                now.at += Duration::from_millis(ms);
+                now.joules += joules;
+                metered += joules;
+                ledger.encoded(id, now, steps_run);
+            }
             Event::Reset(ms) => {
                 now = Reading { at: now.at + Duration::from_millis(ms), reset: true, ..now };
                 for paid in ledger.close(now) {
@@ -69,7 +83,7 @@ fn run(events: &[Event], idle_watts: Option<f64>) -> ([f64; 8], [bool; 8], Ledge
             }
         }
         let totals = ledger.totals();
-        let next = [totals.prefill, totals.decode, totals.idle];
+        let next = [totals.prefill, totals.decode, totals.image, totals.idle];
         assert!(next.iter().all(|joules| *joules >= 0.0));
     }
     (charged, unknown, ledger, metered)
@@ -88,7 +102,8 @@ proptest! {
         let requests: f64 = charged.iter().sum();
         let tolerance = 1e-9 * (1.0 + totals.metered);
         prop_assert!((requests - totals.prefill - totals.decode).abs() < tolerance);
-        prop_assert!((requests + totals.idle - totals.metered - ledger.debt()).abs() < tolerance);
+        let all = requests + totals.image + totals.idle;
+        prop_assert!((all - totals.metered - ledger.debt()).abs() < tolerance);
         let resets = events.iter().filter(|event| matches!(event, Event::Reset(_))).count() as u64;
         prop_assert_eq!(totals.resets, resets);
     }
@@ -138,9 +153,39 @@ fn at(start: Instant, ms: u64, joules: f64) -> Reading {
 }
 
 #[test]
+fn an_image_takes_its_threads_share_of_every_window_that_it_is_encoded_in() {
+    let start = Instant::now();
+    let ms = |ms| start + Duration::from_millis(ms);
+    let mut ledger = Ledger::new(at(start, 0, 0.0), Some(10.0), 0.5);
+    let row = Work { id: 1, phase: Phase::Decode, amount: 1.0 };
+    // Alone from 100 ms on: 10 J of 11, of which idle takes one.
+    ledger.encode(7, ms(100));
+    assert!(ledger.close(at(start, 200, 12.0)).is_empty());
+    // Beside a step of twice its threads: a third of 6 J.
+    ledger.add([row]);
+    assert_eq!(ledger.close(at(start, 300, 19.0))[0].joules.map(|joules| joules.round()), Some(4.0));
+    let charged = ledger.encoded(7, at(start, 350, 25.5), true).expect("nothing was reset");
+    ledger.add([row]);
+    let paid = ledger.close(at(start, 400, 30.0))[0].joules.expect("nothing was reset");
+    // What it was charged when it ended: a third of the 6 J that the window had drawn by then.
+    assert!((charged - (10.0 + 2.0 + 2.0)).abs() < 1e-9 && (paid - 8.0).abs() < 1e-9, "{charged} {paid}");
+    let totals = ledger.totals();
+    let sum = totals.prefill + totals.decode + totals.image + totals.idle;
+    assert!((sum - 30.0).abs() < 1e-9 && totals.image == charged, "{totals:?}");
+
+    // Set back while it ran: nobody knows. And a meter that does not see the encoder charges nothing for it.
+    ledger.encode(8, ms(400));
+    ledger.close(Reading { reset: true, ..at(start, 500, 30.0) });
+    assert_eq!(ledger.encoded(8, at(start, 600, 40.0), false), None);
+    let mut blind = Ledger::new(at(start, 0, 0.0), Some(10.0), 0.0);
+    blind.encode(9, start);
+    assert_eq!(blind.encoded(9, at(start, 100, 50.0), false), Some(0.0));
+}
+
+#[test]
 fn idle_power_stays_apart_and_is_learned() {
     let start = Instant::now();
-    let mut ledger = Ledger::new(at(start, 0, 0.0), None);
+    let mut ledger = Ledger::new(at(start, 0, 0.0), None, 0.5);
     // A second at 40 W with nothing to do.
     assert!(ledger.close(at(start, 1000, 40.0)).is_empty());
     // A second at 100 W: 60 W of them are the requests', three parts to one.

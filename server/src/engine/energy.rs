@@ -111,6 +111,13 @@ impl Choice {
         self.live.spend(joules.unwrap_or(0.0));
     }
 
+    /// Its request's images were encoded for this. What its next step will cost does not follow from it.
+    pub(super) fn pay_for_images(&mut self) {
+        let newest = self.spent.newest;
+        self.pay(self.live.request.image_joules);
+        self.spent.newest = newest;
+    }
+
     /// It ends: what it did in the window that is still open is charged now.
     pub(super) fn settle_energy(&mut self) {
         match self.energy.leave(self.id.0) {

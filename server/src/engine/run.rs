@@ -143,6 +143,9 @@ impl Engine {
             if let Some(pin) = pin {
                 choice.serve_with((pin.blocks, pin.levels), false);
             }
+            if index == 0 {
+                choice.pay_for_images();
+            }
             self.watch(&mut choice);
             self.choices.insert(id, choice);
             added.push(id);

@@ -23,6 +23,7 @@ use model_zoo::vision::{Encoding, ImageEmbeddings, ImageEncoder, PromptImage, Vi
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::energy::Energy;
 use crate::error::{Error, ErrorKind};
 use crate::request::ImageSource;
 use crate::telemetry::Metrics;
@@ -71,10 +72,12 @@ impl Default for ImageLimits {
 }
 
 /// The images of one request, encoded.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Shown {
     /// In the order in which they were shown.
     pub embeddings: Vec<Arc<ImageEmbeddings>>,
+    /// Joules that encoding those that no earlier request had encoded was charged; `None` where nobody knows.
+    pub joules: Option<f64>,
     /// Held as long as the request lives.
     pub room: Option<OwnedSemaphorePermit>,
 }
@@ -96,11 +99,17 @@ struct Seeing {
     turns: Arc<Semaphore>,
     room: Arc<Semaphore>,
     metrics: Arc<Metrics>,
+    energy: Arc<Energy>,
 }
 
 impl Images {
-    /// Images for a model with `vision`, within `limits`.
-    pub fn new(vision: Option<Vision>, limits: ImageLimits, metrics: Arc<Metrics>) -> Self {
+    /// Images for a model with `vision`, within `limits`, whose encoding is metered by `energy`.
+    pub fn new(
+        vision: Option<Vision>,
+        limits: ImageLimits,
+        metrics: Arc<Metrics>,
+        energy: Arc<Energy>,
+    ) -> Self {
         Self(vision.map(|vision| {
             let Vision { processor, encoder, image_token } = vision;
             let embeddings_bytes = 4 * encoder.tokens_per_image() * encoder.hidden_size();
@@ -116,6 +125,7 @@ impl Images {
                 turns: Arc::new(Semaphore::new(TURNS)),
                 room: Arc::new(Semaphore::new(live.min(Semaphore::MAX_PERMITS))),
                 metrics,
+                energy,
                 limits,
             })
         }))
@@ -132,7 +142,7 @@ impl Images {
     /// [`ErrorKind::InvalidArgument`] that says which image cannot be taken, and why.
     pub async fn embed(&self, sources: Vec<ImageSource>, encoding: Encoding) -> Result<Shown, Error> {
         if sources.is_empty() {
-            return Ok(Shown::default());
+            return Ok(Shown { embeddings: Vec::new(), joules: Some(0.0), room: None });
         }
         let Some(seeing) = &self.0 else {
             let message = "this model does not see images; send text alone, or serve a model with vision";
@@ -144,7 +154,7 @@ impl Images {
             return Err(Error::invalid("messages", message));
         }
         let room = seeing.room(count).await?;
-        let mut embeddings = Vec::with_capacity(count);
+        let (mut embeddings, mut joules) = (Vec::with_capacity(count), Some(0.0));
         for (index, source) in sources.into_iter().enumerate() {
             let refuse = |error: Error| match error.kind {
                 ErrorKind::InvalidArgument => Error::invalid(
@@ -153,9 +163,11 @@ impl Images {
                 ),
                 _ => error,
             };
-            embeddings.push(Seeing::embed(seeing, source, encoding).await.map_err(refuse)?);
+            let (image, own) = Seeing::embed(seeing, source, encoding).await.map_err(refuse)?;
+            embeddings.push(image);
+            joules = joules.zip(own).map(|(sum, own)| sum + own);
         }
-        Ok(Shown { embeddings, room: Some(room) })
+        Ok(Shown { embeddings, joules, room: Some(room) })
     }
 
     /// Replaces each image token of `prompt` by as many as its image has rows, and says where images lie.
@@ -213,6 +225,9 @@ pub(crate) fn place(
     Ok((placed, images.into()))
 }
 
+/// An image's embeddings, and the joules that they were charged now.
+type Embedded = (Arc<ImageEmbeddings>, Option<f64>);
+
 impl Seeing {
     /// Waits until live requests leave room for the embeddings of `count` images.
     async fn room(&self, count: usize) -> Result<OwnedSemaphorePermit, Error> {
@@ -222,11 +237,7 @@ impl Seeing {
         room.map_err(|_| Error::new(ErrorKind::Unavailable, "the server is stopping"))
     }
 
-    async fn embed(
-        seeing: &Arc<Self>,
-        source: ImageSource,
-        encoding: Encoding,
-    ) -> Result<Arc<ImageEmbeddings>, Error> {
+    async fn embed(seeing: &Arc<Self>, source: ImageSource, encoding: Encoding) -> Result<Embedded, Error> {
         let bytes = match source {
             ImageSource::Bytes(bytes) => bytes,
             ImageSource::Url(url) if data_url::is(&url) => {
@@ -252,11 +263,11 @@ impl Seeing {
         work.await.map_err(|_| Error::new(ErrorKind::Internal, "the image could not be encoded"))?
     }
 
-    fn embed_bytes(&self, bytes: &[u8], encoding: Encoding) -> Result<Arc<ImageEmbeddings>, Error> {
+    fn embed_bytes(&self, bytes: &[u8], encoding: Encoding) -> Result<Embedded, Error> {
         let digest = encoding.digest(Sha256::digest(bytes).into());
         if let Some(found) = self.cached(&digest) {
             self.metrics.images.hit();
-            return Ok(found);
+            return Ok((found, Some(0.0)));
         }
         let begin = Instant::now();
         let image = decode(bytes, self.limits.max_pixels).map_err(|e| refuse(e.to_string()))?;
@@ -266,16 +277,18 @@ impl Seeing {
         // The same image may have been encoded while this one waited for the encoder.
         if let Some(found) = self.cached(&digest) {
             self.metrics.images.hit();
-            return Ok(found);
+            return Ok((found, Some(0.0)));
         }
+        let meter = self.energy.encode();
         let encoded = encoder.encode(&pixels, encoding).map_err(|e| refuse(e.to_string()))?;
+        let joules = meter.end();
         let size = (encoder.hidden_size(), encoder.tokens_per_image());
         let embeddings = Arc::new(ImageEmbeddings::of(size, encoded, digest));
         drop(encoder);
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         cache.insert(&embeddings);
         self.metrics.images.encoded(begin.elapsed(), cache.bytes());
-        Ok(embeddings)
+        Ok((embeddings, joules))
     }
 
     fn cached(&self, digest: &[u8; 32]) -> Option<Arc<ImageEmbeddings>> {

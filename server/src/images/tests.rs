@@ -12,6 +12,8 @@ use tokio::net::TcpListener;
 use super::fetch::{FetchError, Resolve};
 use super::guard::is_public;
 use super::*;
+use crate::energy::meter::{Meter, Reading};
+use crate::energy::{EnergyConfig, Source};
 use crate::telemetry::{MetricsCompat, ServedModel};
 
 const TOKEN: u32 = 7;
@@ -44,6 +46,20 @@ impl ImageEncoder for Counting {
     }
 }
 
+/// A meter that says a joule more at every reading.
+struct Ticking(f64);
+
+impl Meter for Ticking {
+    fn source(&self) -> Source {
+        Source::Rapl
+    }
+
+    fn read(&mut self) -> Reading {
+        self.0 += 1.0;
+        Reading { at: std::time::Instant::now(), joules: self.0, reset: false }
+    }
+}
+
 /// Images over the counting encoder, its count, and the metrics.
 fn images(limits: ImageLimits) -> (Images, Arc<AtomicUsize>, Arc<Metrics>) {
     let folder = tempfile::tempdir().unwrap();
@@ -56,7 +72,9 @@ fn images(limits: ImageLimits) -> (Images, Arc<AtomicUsize>, Arc<Metrics>) {
         image_token: TOKEN,
     };
     let metrics = Arc::new(Metrics::new(&ServedModel::default(), MetricsCompat::None));
-    (Images::new(Some(vision), limits, Arc::clone(&metrics)), count, metrics)
+    let config = EnergyConfig { idle: Some(0.0), ..EnergyConfig::default() };
+    let energy = Arc::new(Energy::new(Some(Box::new(Ticking(0.0))), &config, &metrics));
+    (Images::new(Some(vision), limits, Arc::clone(&metrics), energy), count, metrics)
 }
 
 fn file(bytes: &[u8]) -> ImageSource {
@@ -76,10 +94,13 @@ async fn an_image_is_encoded_once_and_lies_where_its_token_stood() {
     assert_eq!((shown.embeddings.len(), count.load(Ordering::Relaxed)), (3, 2));
     assert_eq!(shown.embeddings[0], shown.embeddings[2]);
     assert_ne!(shown.embeddings[0], shown.embeddings[1]);
+    assert_eq!(shown.joules, Some(2.0), "a joule for each that was encoded");
+    let again = images.embed(vec![file(PNG), data_url(JPEG)], WHOLE).await.unwrap();
+    assert_eq!((again.joules, count.load(Ordering::Relaxed)), (Some(0.0), 2));
     let page = metrics.render();
     for line in [
         "rheostat_images_total{source=\"encoder\"} 2",
-        "rheostat_images_total{source=\"cache\"} 1",
+        "rheostat_images_total{source=\"cache\"} 3",
         "rheostat_image_cache_bytes 32",
         "rheostat_image_encode_seconds_count 2",
     ] {

@@ -12,7 +12,7 @@ use crate::energy::{Source, Totals};
 const JOULES: Definition = plain(
     "rheostat_energy_joules_total",
     "",
-    "Joules charged to prefill and decode by the work that they did, and to nobody (idle); they add up to the metered ones",
+    "Joules charged to prefill, decode and encoded images by what they did, and to nobody (idle); they add up to the metered ones",
 );
 const METERED: Definition =
     plain("rheostat_energy_metered_joules_total", "", "Joules that the meter has counted");
@@ -47,7 +47,7 @@ pub(super) const DEFINITIONS: &[Definition] =
 /// Handles of the metrics of one meter.
 #[derive(Debug)]
 pub struct EnergyMetrics {
-    phases: [Paired<Counter>; 3],
+    phases: [Paired<Counter>; 4],
     metered: Paired<Counter>,
     resets: Paired<Counter>,
     watts: Paired<Gauge>,
@@ -56,7 +56,7 @@ pub struct EnergyMetrics {
 impl EnergyMetrics {
     /// The totals were `before` and are `now`.
     pub fn totals(&self, before: &Totals, now: &Totals) {
-        let phases = |totals: &Totals| [totals.prefill, totals.decode, totals.idle];
+        let phases = |totals: &Totals| [totals.prefill, totals.decode, totals.image, totals.idle];
         for ((counter, before), now) in self.phases.iter().zip(phases(before)).zip(phases(now)) {
             counter.add(whole(before, now));
         }
@@ -82,7 +82,7 @@ impl Metrics {
         let counter = |def, labels| self.instruments.counter(def, labels, Vec::new());
         counter(&UNMETERED, Vec::new()).add(0);
         EnergyMetrics {
-            phases: ["prefill", "decode", "idle"]
+            phases: ["prefill", "decode", "image", "idle"]
                 .map(|phase| counter(&JOULES, [own(), label("phase", phase)].concat())),
             metered: counter(&METERED, own()),
             resets: counter(&RESETS, own()),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::energy::meter::{Meter, Reading};
-use crate::energy::{EnergyConfig, EnergyUse, Source};
+use crate::energy::{EnergyConfig, EnergySum, EnergyUse, Source};
 
 /// A meter that says what a test wants: so much more at every reading, and a reset at one of them.
 struct Scripted {
@@ -109,6 +109,21 @@ fn requests_and_idle_add_up_to_the_meter_under_a_random_soak() {
         );
     }
     assert!(preemptions > 0, "the pool is tight");
+}
+
+#[test]
+fn what_its_images_cost_is_in_a_requests_usage() {
+    let [without, with, unknown] = [Some(0.0), Some(5.0), None].map(|image_joules| {
+        let (energy, _) = scripted(|_| 2.0, None);
+        let mut bench = Bench::metered(&ROOMY, ToyOptions::default(), energy);
+        let mut events = bench.submit(&GenerateRequest { image_joules, n: 2, ..request("the same") });
+        bench.finish();
+        let mut sum = EnergySum::default();
+        charged(&mut events).iter().for_each(|(.., energy)| sum.add(*energy));
+        sum.total().map(|total| total.joules)
+    });
+    let difference = with.expect("known") - without.expect("known");
+    assert!(unknown.is_none() && (difference - 5.0).abs() < 1e-9, "{with:?} {without:?}");
 }
 
 #[test]

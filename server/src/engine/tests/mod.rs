@@ -173,6 +173,7 @@ fn request(prompt: &str) -> GenerateRequest {
         prompt_logprobs: false,
         plan: Arc::new(Plan::dense(2)),
         profile: "dense".into(),
+        image_joules: Some(0.0),
         cache_salt: 0,
         budget: Budget::default(),
         is_chat: false,
