@@ -20,6 +20,7 @@ use super::metadata::REQUEST_ID;
 use crate::auth::Client;
 use crate::telemetry::Metrics;
 use crate::traces::{TRACEPARENT, Trace, Tracer};
+use crate::transport::Unread;
 
 const TIMEOUT_HEADER: &str = "grpc-timeout";
 /// Label of a path that no service has: a client must not be able to make new ones.
@@ -32,12 +33,19 @@ pub(super) struct CallLayer {
     metrics: Arc<Metrics>,
     tracer: Tracer,
     methods: Arc<BTreeSet<String>>,
+    unread: Arc<Unread>,
 }
 
 impl CallLayer {
-    /// Counts into `metrics` by the paths in `methods`; `tracer` gives each call its trace.
-    pub(super) fn new(metrics: Arc<Metrics>, tracer: Tracer, methods: BTreeSet<String>) -> Self {
-        Self { metrics, tracer, methods: Arc::new(methods) }
+    /// Counts into `metrics` by the paths in `methods`; `tracer` gives each call its trace, and `unread` ends streams
+    /// that their clients do not read.
+    pub(super) fn new(
+        metrics: Arc<Metrics>,
+        tracer: Tracer,
+        methods: BTreeSet<String>,
+        unread: Arc<Unread>,
+    ) -> Self {
+        Self { metrics, tracer, methods: Arc::new(methods), unread }
     }
 }
 
@@ -74,14 +82,15 @@ where
         let deadline = timeout(request.headers()).map(|timeout| Instant::now() + timeout);
         request.extensions_mut().insert(outcome.trace.clone());
         let span = tracing::info_span!("request", trace_id = %outcome.trace.id());
+        let unread = Arc::clone(&self.layer.unread);
         let response = self.inner.call(request).instrument(span);
         Box::pin(async move {
             let Some(deadline) = deadline else {
-                return Ok(track(response.await?, None, outcome));
+                return Ok(track(response.await?, (None, &unread), outcome));
             };
             match tokio::time::timeout_at(deadline, response).await {
-                Ok(response) => Ok(track(response?, Some(deadline), outcome)),
-                Err(_) => Ok(track(deadline_exceeded().into_http(), None, outcome)),
+                Ok(response) => Ok(track(response?, (Some(deadline), &unread), outcome)),
+                Err(_) => Ok(track(deadline_exceeded().into_http(), (None, &unread), outcome)),
             }
         })
     }
@@ -110,7 +119,15 @@ fn deadline_exceeded() -> Status {
     Status::deadline_exceeded("the call's deadline has passed")
 }
 
-fn track(mut response: Response<Body>, deadline: Option<Instant>, mut outcome: Outcome) -> Response<Body> {
+fn unread_for_too_long() -> Status {
+    Status::cancelled("nothing of what was sent was read for too long")
+}
+
+fn track(
+    mut response: Response<Body>,
+    (deadline, unread): (Option<Instant>, &Arc<Unread>),
+    mut outcome: Outcome,
+) -> Response<Body> {
     if let Ok(value) = http::HeaderValue::try_from(outcome.trace.traceparent()) {
         response.headers_mut().insert(TRACEPARENT, value);
     }
@@ -119,7 +136,7 @@ fn track(mut response: Response<Body>, deadline: Option<Instant>, mut outcome: O
         response.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).map(str::to_owned);
     outcome.observe(response.headers());
     let sleep = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline)));
-    response.map(|inner| Body::new(TrackedBody { inner, sleep, outcome }))
+    response.map(|inner| Body::new(unread.watch(TrackedBody { inner, sleep, outcome }, unread_for_too_long)))
 }
 
 /// Counts and logs its call once: by the status that is sent, or as cancelled when it is dropped before there

@@ -40,7 +40,7 @@ use tonic_health::pb::health_server::HealthServer;
 use crate::service::Service;
 use crate::telemetry::Metrics;
 use crate::traces::Tracer;
-use crate::transport::{Connection, Transport};
+use crate::transport::{Connection, Transport, Unread};
 
 /// Largest message accepted: far above any prompt that fits a context, far below what hurts.
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
@@ -78,6 +78,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let (stop, stopping) = watch::channel(false);
+    let unread = Unread::start(transport.write_timeout());
     let generation = generation::Generation::new(service.clone());
     let tokenization = tokenization::Tokenization::new(service.clone());
     let models = models::Models::new(service.clone());
@@ -86,7 +87,7 @@ pub async fn serve(
     let keys = auth::KeyLayer::new(service.clone());
     let health = health::Readiness::new(service, stopping);
     Server::builder()
-        .layer(call::CallLayer::new(metrics, tracer, known_methods()))
+        .layer(call::CallLayer::new(metrics, tracer, known_methods(), unread))
         .layer(keys)
         .max_concurrent_streams(Some(MAX_CONCURRENT_STREAMS))
         .http2_max_header_list_size(Some(MAX_HEADER_BYTES))

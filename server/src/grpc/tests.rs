@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -41,18 +41,25 @@ struct Harness {
 }
 
 async fn start() -> Harness {
+    start_with(|transport| transport, |endpoint| endpoint).await
+}
+
+async fn start_with(
+    transport: impl FnOnce(Transport) -> Transport,
+    endpoint: impl FnOnce(Endpoint) -> Endpoint,
+) -> Harness {
     let (service, metrics) = toy::service();
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("it is bound");
     let (stop, stopped) = oneshot::channel();
     let shutdown = async { stopped.await.unwrap_or(()) };
     let server = tokio::spawn(serve(
-        Transport::new(listener, 100, None),
+        transport(Transport::new(listener, 100, None)),
         service,
         (metrics.clone(), Tracer::off()),
         shutdown,
     ));
-    let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address");
+    let endpoint = endpoint(Channel::from_shared(format!("http://{address}")).expect("an address"));
     let channel = endpoint.connect().await.expect("the server listens");
     Harness { channel, metrics, stop, server }
 }
@@ -153,6 +160,29 @@ async fn a_call_that_ends_early_cancels_its_request() {
         let labels = format!("method=\"rheostat.v1.GenerationService/{method}\",code=\"{code}\"");
         harness.shows(&format!("rheostat_grpc_requests_total{{{labels}}} 1")).await;
     }
+}
+
+/// The connection's socket takes all that is sent; the stream's window does not.
+#[tokio::test]
+async fn a_stream_whose_client_opens_no_window_is_ended_and_the_connection_is_not() {
+    let impatient = |transport: Transport| transport.with_write_timeout(Duration::from_millis(400));
+    let harness = start_with(impatient, |endpoint| endpoint.initial_stream_window_size(256)).await;
+    let mut client = GenerationServiceClient::new(harness.channel.clone());
+    let mut unread = client.generate_stream(request(LONG)).await.expect("answered").into_inner();
+    harness.runs(2).await;
+    harness.runs(0).await;
+    let labels = "method=\"rheostat.v1.GenerationService/GenerateStream\",code=\"Cancelled\"";
+    harness.shows(&format!("rheostat_grpc_requests_total{{{labels}}} 1")).await;
+    // Others are served meanwhile, and who comes back to read is told.
+    client.generate(request(4)).await.expect("answered");
+    let error = loop {
+        match unread.next().await {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => break error,
+            None => panic!("the stream ended without an error"),
+        }
+    };
+    assert!([Code::Cancelled, Code::Internal, Code::Unknown].contains(&error.code()), "{error}");
 }
 
 /// A request with typed contents, greedy, of at most `max_tokens`; `true` and `false` are BOOL tensors.

@@ -1,14 +1,21 @@
 //! The accept loop: HTTP/1.1 and HTTP/2, with bounds on headers.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::Version;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::Response;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 
 use super::AppState;
-use crate::transport::Transport;
+use crate::transport::{Transport, Unread};
 
 const MAX_HEADERS: usize = 128;
 const MAX_HEADER_BYTES: usize = 32 << 10;
@@ -17,7 +24,8 @@ const MAX_HEADER_BYTES: usize = 32 << 10;
 /// requests under way have ended.
 pub async fn serve(transport: Transport, state: AppState, shutdown: impl Future<Output = ()>) {
     let builder = builder(state.limits.header_timeout);
-    let router = super::router(state);
+    let unread = Unread::start(transport.write_timeout());
+    let router = super::router(state).layer(from_fn_with_state(unread, end_unread));
     let graceful = GracefulShutdown::new();
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
@@ -43,6 +51,17 @@ pub async fn serve(transport: Transport, state: AppState, shutdown: impl Future<
     }
     drop(transport);
     graceful.shutdown().await;
+}
+
+/// Streams of HTTP/2 are ended when their clients do not read them; of HTTP/1 the connection is, which is the same.
+async fn end_unread(State(unread): State<Arc<Unread>>, request: Request, next: Next) -> Response {
+    let is_stream = request.version() == Version::HTTP_2;
+    let response = next.run(request).await;
+    if !is_stream {
+        return response;
+    }
+    let error = || axum::Error::new(io::Error::from(io::ErrorKind::TimedOut));
+    response.map(|body| Body::new(unread.watch(body, error)))
 }
 
 fn builder(header_timeout: Duration) -> Builder<TokioExecutor> {

@@ -59,7 +59,8 @@ impl Metrics {
     /// An HTTP response was sent. `route` and `method` must come from fixed sets, not from the client.
     pub fn http_request(&self, route: &str, method: &'static str, status: u16) {
         self.responses.http.count(route, (method, status), || {
-            let labels = [label("route", route), label("method", method), label("status", status.to_string())];
+            let labels =
+                [label("route", route), label("method", method), label("status", status.to_string())];
             self.instruments.counter(&HTTP_REQUESTS, labels.concat(), Vec::new())
         });
     }

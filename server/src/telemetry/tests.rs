@@ -58,8 +58,12 @@ fn responses_are_counted_by_their_labels() {
     metrics.grpc_request("rheostat.v1.Rheostat/Generate", tonic::Code::Ok);
     metrics.grpc_request("rheostat.v1.Rheostat/Generate", tonic::Code::Aborted);
     let text = metrics.render();
-    let http = |status| format!(r#"rheostat_http_requests_total{{route="/v1/models",method="GET",status="{status}"}}"#);
-    let grpc = |code| format!(r#"rheostat_grpc_requests_total{{method="rheostat.v1.Rheostat/Generate",code="{code}"}}"#);
+    let http = |status| {
+        format!(r#"rheostat_http_requests_total{{route="/v1/models",method="GET",status="{status}"}}"#)
+    };
+    let grpc = |code| {
+        format!(r#"rheostat_grpc_requests_total{{method="rheostat.v1.Rheostat/Generate",code="{code}"}}"#)
+    };
     assert_eq!([value(&text, &http(200)), value(&text, &http(401))], [2.0, 1.0]);
     assert_eq!([value(&text, &grpc("Ok")), value(&text, &grpc("Aborted"))], [2.0, 1.0]);
 }

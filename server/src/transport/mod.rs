@@ -4,6 +4,7 @@ mod stall;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod unread;
 
 pub use tls::{Tls, TlsConfig, TlsError};
 
@@ -20,6 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::server::TlsStream;
 
 use stall::Stall;
+pub(crate) use unread::Unread;
 
 /// How long a client may take to shake hands.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -48,6 +50,11 @@ impl Transport {
     #[must_use]
     pub fn with_write_timeout(self, write_timeout: Duration) -> Self {
         Self { write_timeout, ..self }
+    }
+
+    /// How long a peer may leave what is sent to it unread.
+    pub(crate) fn write_timeout(&self) -> Duration {
+        self.write_timeout
     }
 
     /// Where it listens.
