@@ -24,9 +24,12 @@ pub(super) struct Responses {
     grpc: Known<Code>,
 }
 
-/// Counters by a name of a fixed set and, of the few that it has, by the rest of their labels.
+/// Counters by the rest of their labels, of which a name has few.
+type Counters<K> = Vec<(K, Paired<Counter>)>;
+
+/// Counters by a name of a fixed set.
 #[derive(Debug)]
-struct Known<K>(RwLock<HashMap<String, Vec<(K, Paired<Counter>)>>>);
+struct Known<K>(RwLock<HashMap<String, Counters<K>>>);
 
 impl<K> Default for Known<K> {
     fn default() -> Self {
