@@ -45,22 +45,26 @@ impl Encodings {
         self.left
     }
 
-    /// What part of a window's energy the running images have, from `start` to `end`, beside steps that ran for
-    /// `steps`.
-    pub(super) fn part(&self, (start, end): (Instant, Instant), steps: Duration) -> f64 {
-        let own: f64 = self.running.iter().map(|one| self.weight(one, (start, end))).sum();
+    /// What part of a window's energy the running images have, from `start` to `end`, in which steps run or not.
+    pub(super) fn part(&self, (start, end): (Instant, Instant), steps_run: bool) -> f64 {
+        let own = self.weights((start, end));
+        let steps = if steps_run { end.saturating_duration_since(start) } else { Duration::ZERO };
         if own > 0.0 { own / (own + steps.as_secs_f64()) } else { 0.0 }
+    }
+
+    fn weights(&self, window: (Instant, Instant)) -> f64 {
+        self.running.iter().map(|one| self.weight(one, window)).sum()
     }
 
     fn weight(&self, one: &Encoding, (start, end): (Instant, Instant)) -> f64 {
         self.share * end.saturating_duration_since(one.since.max(start)).as_secs_f64()
     }
 
-    /// Divides `joules` of the window from `start` to `end`, which closes, among the running images.
-    pub(super) fn close(&mut self, joules: f64, (start, end): (Instant, Instant)) {
-        let all: f64 = self.running.iter().map(|one| self.weight(one, (start, end))).sum();
+    /// Divides `joules` of `window`, which closes, among the running images.
+    pub(super) fn close(&mut self, joules: f64, window: (Instant, Instant)) {
+        let all = self.weights(window);
         for index in 0..self.running.len() {
-            let own = self.weight(&self.running[index], (start, end));
+            let own = self.weight(&self.running[index], window);
             if let Some(sum) = self.running[index].joules.as_mut().filter(|_| all > 0.0) {
                 *sum += joules * own / all;
             }
@@ -79,18 +83,18 @@ impl Encodings {
         self.any = self.share > 0.0 && !self.running.is_empty();
     }
 
-    /// `id` ends inside the window that began at `start`, of whose `joules` all running images have `part`. Returns
+    /// `id` ends inside `window`, at its end, of whose `joules` all running images have `part`. Returns
     /// what it was charged over all windows, and what of this one.
     pub(super) fn end(
         &mut self,
         id: u64,
         (joules, part): (Option<f64>, f64),
-        (start, end): (Instant, Instant),
+        window: (Instant, Instant),
     ) -> (Option<f64>, f64) {
-        let all: f64 = self.running.iter().map(|one| self.weight(one, (start, end))).sum();
+        let all = self.weights(window);
         let Some(index) = self.running.iter().position(|one| one.id == id) else { return (None, 0.0) };
         let one = self.running.swap_remove(index);
-        let own = if all > 0.0 { part * self.weight(&one, (start, end)) / all } else { 0.0 };
+        let own = if all > 0.0 { part * self.weight(&one, window) / all } else { 0.0 };
         let newest = joules.map(|joules| joules * own);
         self.left += newest.unwrap_or(0.0);
         (one.joules.zip(newest).map(|(before, newest)| before + newest), newest.unwrap_or(0.0))

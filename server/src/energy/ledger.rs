@@ -112,6 +112,11 @@ impl Ledger {
         now.saturating_duration_since(self.last.at)
     }
 
+    /// Of `joules` that were drawn within `elapsed`, what the machine draws when nothing runs.
+    fn idle_of(&self, joules: f64, elapsed: Duration) -> f64 {
+        joules.min(self.idle_watts * elapsed.as_secs_f64())
+    }
+
     /// Adds work that was done in the open window.
     pub fn add(&mut self, work: impl IntoIterator<Item = Work>) {
         self.open.extend(work);
@@ -150,11 +155,11 @@ impl Ledger {
     /// The image `id` has been encoded, while steps run or not: what it is charged in all, of the open window what
     /// `reading` says. `None` where a counter was set back meanwhile.
     pub fn encoded(&mut self, id: u64, reading: Reading, steps_run: bool) -> Option<f64> {
-        let (window, elapsed) = ((self.last.at, reading.at), self.age(reading.at));
+        let window = (self.last.at, reading.at);
         let joules = (reading.joules - self.last.joules).max(0.0);
-        let idle = joules.min(self.idle_watts * elapsed.as_secs_f64());
+        let idle = self.idle_of(joules, self.age(reading.at));
         let active = (joules - idle - self.left.1 - self.encodings.left()).max(0.0);
-        let part = self.encodings.part(window, if steps_run { elapsed } else { Duration::ZERO });
+        let part = self.encodings.part(window, steps_run);
         let active = (!reading.reset).then_some(active);
         let (all, newest) = self.encodings.end(id, (active, part), window);
         self.totals.image += newest;
@@ -179,11 +184,11 @@ impl Ledger {
         if is_idle && elapsed >= IDLE_WINDOW {
             self.learn_idle(joules / elapsed.as_secs_f64());
         }
-        let idle = if is_idle { joules } else { joules.min(self.idle_watts * elapsed.as_secs_f64()) };
+        let idle = if is_idle { joules } else { self.idle_of(joules, elapsed) };
         let (active, images_left) = (joules - idle, self.encodings.left());
         // What is left after those that were charged before the window ended.
         let rest = self.settle(active - left_joules - images_left);
-        let images = rest * self.encodings.part(window, if has_steps { elapsed } else { Duration::ZERO });
+        let images = rest * self.encodings.part(window, has_steps);
         self.encodings.close(images, window);
         self.totals.image += images;
         if has_steps {
