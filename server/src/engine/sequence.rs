@@ -247,7 +247,6 @@ impl Choice {
             None => self.served.clear(),
             Some(_) => self.moved_down += 1,
         }
-        // One whose pages were taken waits to be computed anew, whatever it has sampled.
         self.serve_with(to, continues);
     }
 

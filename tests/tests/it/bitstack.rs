@@ -109,9 +109,9 @@ async fn stream(server: &ServerProcess, (first, stop): (usize, &AtomicBool)) -> 
     outputs
 }
 
-/// Moves the budget at random `steps` times, mostly by a few blocks, and looks at what is held after each.
-async fn walk((server, model): (&ServerProcess, &Model), steps: usize, stop: &AtomicBool) {
-    let resident = server.resident_bytes();
+/// Moves the budget at random `steps` times, mostly by a few blocks, and looks at what is held after each, beside the
+/// bytes that were resident before.
+async fn walk((server, model): (&ServerProcess, &Model), (steps, resident): (usize, u64), stop: &AtomicBool) {
     let (most, mut blocks, mut state) = (model.bytes.len() - 1, 0, 9u64);
     let mut random = |below: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -136,10 +136,11 @@ async fn walk((server, model): (&ServerProcess, &Model), steps: usize, stop: &At
 
 /// What the streams were answered while the budget of `server`, which begins with the base, walked `steps` times.
 async fn walk_under_load(server: &ServerProcess, model: &Model, steps: usize) -> Vec<Output> {
-    let stop = AtomicBool::new(false);
+    let (stop, resident) = (AtomicBool::new(false), server.resident_bytes());
     let streams = (0..STREAMS).map(|first| stream(server, (first, &stop)));
     let streams = futures_util::future::join_all(streams);
-    let (outputs, ()) = futures_util::future::join(streams, walk((server, model), steps, &stop)).await;
+    let (outputs, ()) =
+        futures_util::future::join(streams, walk((server, model), (steps, resident), &stop)).await;
     outputs.into_iter().flatten().collect()
 }
 
