@@ -4,8 +4,8 @@
 //! block. A choice is pinned, when it arrives, to the blocks that are held then and that its plan allows; growing
 //! changes nothing for it. A shrink that takes its blocks moves it down at once, to the count that will be held.
 //! Then it either goes on over the KV that it has, or loses it and is computed again by the blocks that it has now
-//! ([`OnShrink`]); one that has sampled nothing yet is always computed again, since nobody waits between two of its
-//! tokens. Its usage tells the parts of the text, and which of them go on over KV of other blocks: a solo run that
+//! ([`OnShrink`]); one that is not decoding, its prompt or what it lost still to be computed, is always computed from
+//! the start. Its usage tells the parts of the text, and which of them go on over KV of other blocks: a solo run that
 //! changes blocks at the same tokens has the same text. What its plan has decided for tokens that it has run stays
 //! decided.
 
