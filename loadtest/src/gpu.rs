@@ -3,7 +3,9 @@
 
 use std::time::Instant;
 
-use model_zoo::compression::{Plan, RowState};
+use model_zoo::compression::calibration::Calibration;
+use model_zoo::compression::options::{DropLayers, SkipDecode};
+use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, Sublayer, registry};
 use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
 use model_zoo::kv_cache::{KvCache, PageId};
 use model_zoo::loader::Target;
@@ -37,8 +39,11 @@ pub(crate) struct Options {
     #[arg(long, value_delimiter = ',', default_value = "135m,1b,8b")]
     shapes: Vec<String>,
     /// Rows of the decode steps
-    #[arg(long, value_delimiter = ',', default_value = "1,32,128")]
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32,128")]
     batches: Vec<usize>,
+    /// Plans that leave work out, beside the dense one, for one row
+    #[arg(long)]
+    plans: bool,
     /// Index of the GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -95,6 +100,57 @@ const SHAPES: [Shape; 3] = [
 ];
 
 impl Shape {
+    /// Half of the attention, a quarter of the FFNs, and SkipDecode to half of the layers.
+    fn reductions(&self) -> [(String, CompressionOptions); 3] {
+        let drop = |attention, ffn| CompressionOptions {
+            drop: Some(DropLayers { attention, ffn, joint: 0 }),
+            ..CompressionOptions::default()
+        };
+        let (half, quarter) = (self.layers / 2, self.layers / 4);
+        let skip =
+            SkipDecode { min_layers: Some(half), horizon: Some(SKIP_HORIZON), ..SkipDecode::default() };
+        [
+            (format!("attention of {half} layers dropped"), drop(half, 0)),
+            (format!("FFN of {quarter} layers dropped"), drop(0, quarter)),
+            (
+                format!("SkipDecode to {half} layers over {SKIP_HORIZON} tokens"),
+                CompressionOptions { skip_decode: Some(skip), ..CompressionOptions::default() },
+            ),
+        ]
+    }
+
+    /// The plan of these options; which layers they leave out makes no difference to speed.
+    fn compile(&self, options: &CompressionOptions, sizes: Sizes) -> model_zoo::Result<Plan> {
+        let similarity: Vec<f64> = (0..self.layers).map(|layer| 0.5 + layer as f64 / 100.0).collect();
+        let calibration = Calibration {
+            attention_similarity: similarity.clone(),
+            ffn_similarity: similarity,
+            ..Calibration::default()
+        };
+        let offer = Offer { calibration: Some(calibration), ..Offer::default() };
+        let context = Context {
+            num_layers: self.layers,
+            head_dim: self.head_dim,
+            prompt_len: sizes.context,
+            max_tokens: sizes.warm + sizes.steps,
+            images: &[],
+            offer: &offer,
+        };
+        registry::compile(options, &context)
+    }
+
+    /// Bytes that a step of one row at `position` reads: weights of the sublayers that run, the head, keys and values.
+    fn bytes(&self, plan: &Plan, position: usize) -> f64 {
+        let (queries, kv) = (self.heads[0] * self.head_dim, self.heads[1] * self.head_dim);
+        let attention = self.hidden * (2 * queries + 2 * kv) + 2 * kv * position;
+        let ffn = 3 * self.hidden * self.ffn;
+        let runs = |layer, sublayer| plan.active_len(layer, sublayer, (position, 1));
+        let layers = (0..self.layers)
+            .map(|l| attention * runs(l, Sublayer::Attention) + ffn * runs(l, Sublayer::Ffn))
+            .sum::<usize>();
+        2.0 * (layers + self.vocab * self.hidden) as f64
+    }
+
     fn config(&self) -> DecoderConfig {
         DecoderConfig {
             architecture: "llama".into(),
@@ -141,12 +197,13 @@ pub(crate) fn main(options: &Options) -> Result<(), String> {
     for name in &options.shapes {
         let shape = SHAPES.iter().find(|shape| shape.name == name);
         let shape = shape.ok_or_else(|| format!("{name:?} is no shape: there are 135m, 1b and 8b"))?;
-        measure((shape, SIZES), &target, &options.batches).map_err(|e| e.to_string())?;
+        measure((shape, SIZES), &target, options).map_err(|e| e.to_string())?;
     }
     Ok(())
 }
 
-fn measure((shape, sizes): (&Shape, Sizes), target: &Target, batches: &[usize]) -> model_zoo::Result<()> {
+fn measure((shape, sizes): (&Shape, Sizes), target: &Target, options: &Options) -> model_zoo::Result<()> {
+    let batches = &options.batches;
     let most = batches.iter().copied().max().unwrap_or(1).max(1);
     let config = shape.config();
     let weights = RandomWeights::of(&config, 0.02);
@@ -174,8 +231,40 @@ fn measure((shape, sizes): (&Shape, Sizes), target: &Target, batches: &[usize]) 
     let seconds = bench.prefill()?;
     let (name, ms) = (shape.name, 1e3 * seconds);
     println!("| {name} | prefill of {} | {ms:.2} ms | | {} |", sizes.prefill, shape.goals[3]);
+    if options.plans { compare_plans(shape, &mut bench, target) } else { Ok(()) }
+}
+
+/// Decode of one row by plans that leave work out: how much faster than dense, beside how many fewer bytes they read.
+fn compare_plans(shape: &Shape, bench: &mut Bench, target: &Target) -> model_zoo::Result<()> {
+    let dense = Plan::dense(shape.layers);
+    let (seconds, _) = bench.decode(1, target)?;
+    let bytes = |plan: &Plan, sizes: Sizes| {
+        let first = sizes.context + sizes.warm;
+        let all = (first..first + sizes.steps).map(|position| shape.bytes(plan, position));
+        all.sum::<f64>() / sizes.steps as f64
+    };
+    let usual = bench.sizes;
+    for (what, options) in shape.reductions() {
+        // SkipDecode changes from token to token: all of its way is run.
+        bench.sizes.steps =
+            if options.skip_decode.is_some() { SKIP_HORIZON - usual.warm } else { usual.steps };
+        bench.plan = shape.compile(&options, bench.sizes)?;
+        let predicted = bytes(&dense, bench.sizes) / bytes(&bench.plan, bench.sizes);
+        let (own, joules) = bench.decode_mean(target)?;
+        let realised = seconds / own;
+        let joules = joules.map_or("no meter".into(), |joules| format!("{joules:.4}"));
+        let (name, ms, share) = (shape.name, 1e3 * own, realised / predicted);
+        println!(
+            "| {name} | {what}, one row | {ms:.3} ms, {realised:.3} of {predicted:.3} times as fast: {share:.3} | \
+             {joules} | ≥ 0.9 |"
+        );
+    }
+    (bench.plan, bench.sizes) = (dense, usual);
     Ok(())
 }
+
+/// Tokens over which SkipDecode goes from all layers to half of them.
+const SKIP_HORIZON: usize = 256;
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -188,7 +277,7 @@ impl Bench {
         // The first sequence also holds the long prompt.
         let pages = |sequence: usize| {
             let prompt = if sequence == 0 { sizes.prefill.max(sizes.context) } else { sizes.context };
-            let len = prompt + sizes.warm + sizes.steps;
+            let len = prompt + (sizes.warm + sizes.steps).max(SKIP_HORIZON);
             len.div_ceil(BLOCK_SIZE)
         };
         let all: usize = (0..sequences).map(|sequence| layers * pages(sequence)).sum();
@@ -204,7 +293,11 @@ impl Bench {
     /// Runs `tokens` of each of these sequences, and returns each one's next token.
     fn step(&mut self, rows: &[(usize, Vec<u32>)]) -> model_zoo::Result<Vec<u32>> {
         let layers = self.model.dims().num_layers;
-        let lens: Vec<_> = rows.iter().map(|(sequence, _)| vec![self.lens[*sequence]; layers]).collect();
+        let held = |layer, len| self.plan.active_len(layer, Sublayer::Attention, (0, len));
+        let lens: Vec<Vec<_>> = rows
+            .iter()
+            .map(|(sequence, _)| (0..layers).map(|layer| held(layer, self.lens[*sequence])).collect())
+            .collect();
         let mut states = vec![RowState::default(); rows.len()];
         let mut batch = StepBatch::default();
         for (((sequence, tokens), kv_len), state) in rows.iter().zip(&lens).zip(&mut states) {
@@ -235,6 +328,18 @@ impl Bench {
 
     /// Median seconds of a step of `batch` rows after their contexts, and joules a token.
     fn decode(&mut self, batch: usize, target: &Target) -> model_zoo::Result<(f64, Option<f64>)> {
+        let (times, joules) = self.steps(batch, target)?;
+        Ok((median(times), joules))
+    }
+
+    /// Mean seconds of a step of one row, for plans whose steps differ, and joules a token.
+    fn decode_mean(&mut self, target: &Target) -> model_zoo::Result<(f64, Option<f64>)> {
+        let (times, joules) = self.steps(1, target)?;
+        Ok((times.iter().sum::<f64>() / times.len() as f64, joules))
+    }
+
+    /// Seconds of each step of `batch` rows after their contexts, and joules a token.
+    fn steps(&mut self, batch: usize, target: &Target) -> model_zoo::Result<(Vec<f64>, Option<f64>)> {
         let Sizes { context, chunk, warm, steps, .. } = self.sizes;
         let mut next = Vec::new();
         for sequence in 0..batch {
@@ -260,7 +365,7 @@ impl Bench {
         }
         let used =
             joules.zip(target.joules()).map(|(before, after)| (after - before) / (steps * batch) as f64);
-        Ok((median(times.split_off(warm)), used))
+        Ok((times.split_off(warm), used))
     }
 
     /// Median seconds of a prefill to its first token.

@@ -6,13 +6,17 @@ use std::sync::Arc;
 use model_zoo::compression::calibration::Calibration;
 use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
+use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
 use model_zoo::kernels::cuda::device::Device;
 use model_zoo::kernels::cuda::emulated::{Emulated, Order};
-use model_zoo::loader::{LoadOptions, Target, load};
+use model_zoo::kernels::cuda::fused::fuses;
+use model_zoo::kernels::cuda::ops::Heads;
+use model_zoo::loader::{LoadOptions, Target, build_on, load};
 use model_zoo::models::{CausalLm, Draw, gpu_refusal};
 use model_zoo::step::LogitRows;
+use model_zoo::weights::RandomWeights;
 
-use crate::support::{Chunk, Runner, Sequence, fixtures};
+use crate::support::{BLOCK_SIZE, Chunk, Runner, Sequence, fixtures};
 use crate::tiny::{LAYERS, write};
 
 /// An emulated device of either order; the machine's GPU where `RHEOSTAT_TEST_GPU` asks for it.
@@ -51,24 +55,29 @@ fn both(
     schedule: &[&[usize]],
 ) -> [Vec<Vec<f32>>; 2] {
     let cpu = load(path, &LoadOptions::default()).unwrap().model;
-    [cpu, on(device, path)].map(|model| {
-        let mut runner = Runner::of(model, plans.len(), 96);
-        let mut sequences: Vec<Sequence> =
-            plans.iter().map(|plan| runner.sequence_of(plan.clone(), 96)).collect();
-        let prompts: Vec<Vec<u32>> = (0..plans.len()).map(|seed| tokens(seed as u32, 96)).collect();
-        let mut all = Vec::new();
-        for (step, counts) in schedule.iter().enumerate() {
-            let mut chunks = Vec::new();
-            for (i, sequence) in sequences.iter_mut().enumerate().filter(|(i, _)| counts[*i] > 0) {
-                let logits = [LogitRows::Last, LogitRows::All, LogitRows::None][(i + step) % 3];
-                let logits = if counts[i] == 1 { LogitRows::Last } else { logits };
-                let tokens = &prompts[i][sequence.len..sequence.len + counts[i]];
-                chunks.push(Chunk { sequence, tokens, logits });
-            }
-            all.extend(runner.step(chunks).unwrap());
+    [cpu, on(device, path)].map(|model| run(model, plans, schedule))
+}
+
+/// The logits of all steps.
+fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> Vec<Vec<f32>> {
+    let lens = (0..plans.len()).map(|i| schedule.iter().map(|counts| counts[i]).sum());
+    let capacity = lens.max().unwrap_or(0).max(96);
+    let mut runner = Runner::of(model, plans.len(), capacity);
+    let mut sequences: Vec<Sequence> =
+        plans.iter().map(|plan| runner.sequence_of(plan.clone(), capacity)).collect();
+    let prompts: Vec<Vec<u32>> = (0..plans.len()).map(|seed| tokens(seed as u32, capacity)).collect();
+    let mut all = Vec::new();
+    for (step, counts) in schedule.iter().enumerate() {
+        let mut chunks = Vec::new();
+        for (i, sequence) in sequences.iter_mut().enumerate().filter(|(i, _)| counts[*i] > 0) {
+            let logits = [LogitRows::Last, LogitRows::All, LogitRows::None][(i + step) % 3];
+            let logits = if counts[i] == 1 { LogitRows::Last } else { logits };
+            let tokens = &prompts[i][sequence.len..sequence.len + counts[i]];
+            chunks.push(Chunk { sequence, tokens, logits });
         }
-        all
-    })
+        all.extend(runner.step(chunks).unwrap());
+    }
+    all
 }
 
 const DECODE: &[usize] = &[1, 1, 1];
@@ -103,6 +112,83 @@ fn every_architecture_equals_the_cpus() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+/// A Llama of these sizes, untrained.
+fn llama((hidden, ffn, layers): (usize, usize, usize), heads: [usize; 2], head_dim: usize) -> DecoderConfig {
+    DecoderConfig {
+        architecture: "llama".into(),
+        hidden_size: hidden,
+        intermediate_size: ffn,
+        num_layers: layers,
+        num_heads: heads[0],
+        num_kv_heads: heads[1],
+        head_dim,
+        vocab_size: 263,
+        max_context: 1024,
+        rms_norm_eps: 1e-5,
+        rope: RopeConfig { theta: 10_000.0, scaling: RopeScaling::None },
+        rope_style: RopeStyle::Half,
+        sliding_window: None,
+        activation: Activation::Silu,
+        qk_norm: false,
+        sandwich_norms: false,
+        norm_offset: 0.0,
+        embedding_scale: 1.0,
+        attention_scale: 1.0 / (head_dim as f32).sqrt(),
+        tie_word_embeddings: true,
+    }
+}
+
+#[test]
+fn steps_of_few_tokens_are_one_launch_and_equal_the_cpus() {
+    // Rows of weights in one piece and in several, the last one whole and not; heads of every size; contexts in one unit
+    // and in several blocks' shares; more layers than pieces lie in the ring.
+    let shapes = [
+        llama((64, 128, 14), [4, 1], 16),
+        llama((640, 192, 2), [6, 2], 32),
+        llama((192, 2112, 2), [9, 3], 64),
+        llama((128, 64, 3), [4, 4], 96),
+        llama((576, 1536, 2), [8, 1], 128),
+    ];
+    for (i, config) in shapes.into_iter().enumerate() {
+        let device = device(i);
+        let heads = Heads {
+            queries: config.num_heads,
+            kv: config.num_kv_heads,
+            dim: config.head_dim,
+            block_size: BLOCK_SIZE,
+        };
+        let widths = [config.hidden_size, config.intermediate_size];
+        assert!(fuses(&*device, 8, heads, widths) && !fuses(&*device, 9, heads, widths));
+        let weights = RandomWeights::of(&config, 0.1);
+        let schedule: &[&[usize]] = &[
+            &[290, 3, 15, 130, 16, 17, 1],
+            &[1, 0, 0, 0, 0, 0, 0],
+            &[1; 7],
+            &[0, 1, 1, 0, 0, 0, 0],
+            &[1; 7],
+            &[0, 40, 0, 1, 1, 0, 0],
+            &[1; 7],
+        ];
+        let plans = [0; 7].map(|_| Plan::dense(config.num_layers));
+        let [cpu, gpu] = [Target::Cpu, Target::Device(device)]
+            .map(|target| run(build_on(config.clone(), &weights, &target).unwrap(), &plans, schedule));
+        let found = error(&gpu, &cpu);
+        assert!(found < 3e-2, "shape {i}: relative error {found:.2e}");
+    }
+}
+
+#[test]
+fn steps_of_many_rows_are_captured_and_equal_the_cpus() {
+    let path = fixtures().join("llama");
+    let layers = load(&path, &LoadOptions::default()).unwrap().model.dims().num_layers;
+    let plans = [0; 11].map(|_| Plan::dense(layers));
+    let schedule: &[&[usize]] =
+        &[&[3; 11], &[1; 11], &[1; 11], &[1; 11], &[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0], &[1; 11]];
+    let [cpu, gpu] = both((&path, device(0)), &plans, schedule);
+    let found = error(&gpu, &cpu);
+    assert!(found < 2e-2, "relative error {found:.2e}");
 }
 
 fn compile(options: &CompressionOptions) -> Plan {

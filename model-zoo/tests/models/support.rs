@@ -29,7 +29,7 @@ pub(crate) fn config_with(fixture: &str, changes: serde_json::Value) -> model_zo
 }
 
 /// KV slots in a page of these tests.
-const BLOCK_SIZE: usize = 16;
+pub(crate) const BLOCK_SIZE: usize = 16;
 
 /// A model over a paged KV cache whose pages are poisoned and handed out in a scattered order.
 pub(crate) struct Runner {

@@ -39,12 +39,17 @@ pub const ITEM_BYTES: usize = 16;
 
 /// Bytes of scratch that `decode` needs for `items` items in `splits` splits.
 pub fn decode_scratch(heads: Heads, items: usize, splits: usize) -> [usize; 2] {
-    let blocks = items * heads.kv * (heads.queries / heads.kv).div_ceil(16);
+    let blocks = items * heads.groups();
     [if splits > 1 { 4 * blocks * splits * 16 * (heads.dim + 2) } else { 0 }, 4 * blocks]
 }
 
+/// Bytes of a block's memory that joining the parts of `warps` warps takes (`decode_join` in `decode.cuh`).
+pub(super) fn join_memory(heads: Heads, warps: usize) -> usize {
+    4 * (warps * (heads.queries / heads.kv).min(16) * (heads.dim + 2) + 16 * 32) + 16
+}
+
 impl Attention {
-    fn params(&self, items: Part) -> AttentionParams {
+    pub(super) fn params(&self, items: Part) -> AttentionParams {
         let Places { q, pages, kv_len, starts, tables, heads, .. } = self.places;
         AttentionParams {
             q: q.pointer(),
@@ -80,14 +85,20 @@ impl Attention {
     pub fn decode(&self, device: &dyn Device, items: Items, splits: usize) -> Result<()> {
         let names = ["decode_16", "decode_32", "decode_64", "decode_96", "decode_128", "decode_256"];
         let heads = self.places.heads;
+        self.check_decode(items, splits)?;
+        let grid = [heads.groups() as u32, splits as u32, items.count as u32];
+        let shared = join_memory(heads, 4);
+        run(device, (self.kernel(names)?, 128, shared), grid, &self.params(items.items))
+    }
+
+    pub(super) fn check_decode(&self, items: Items, splits: usize) -> Result<()> {
         need("items", items.items, ITEM_BYTES * items.count)?;
-        for (scratch, bytes) in self.scratch.iter().zip(decode_scratch(heads, items.count, splits)) {
+        for (scratch, bytes) in
+            self.scratch.iter().zip(decode_scratch(self.places.heads, items.count, splits))
+        {
             need("attention's scratch", *scratch, bytes)?;
         }
-        let blocks = heads.kv * (heads.queries / heads.kv).div_ceil(16);
-        let shared = 4 * (4 * 16 * (heads.dim + 2)) + 16;
-        let grid = [blocks as u32, splits as u32, items.count as u32];
-        run(device, (self.kernel(names)?, 128, shared), grid, &self.params(items.items))
+        Ok(())
     }
 
     /// Causal attention of several tokens of a row each.

@@ -9,7 +9,7 @@
 #define KERNEL(name, Params, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 // The block's dynamic shared memory.
-extern __shared__ __align__(128) unsigned char block_memory[];
+extern __shared__ __align__(1024) unsigned char block_memory[];
 #define SHARED(type, name) type *name = reinterpret_cast<type *>(block_memory)
 #define sincosf_ sincosf
 #else
@@ -65,17 +65,33 @@ DEVICE uint4 load_stream(const void *at) {
     return *static_cast<const uint4 *>(at);
 #endif
 }
-DEVICE uint2 load_stream8(const void *at) {
+// The same of what kernels write.
+DEVICE uint4 load_once16(const void *at) {
 #ifdef __CUDACC__
-    uint2 v;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-    return v;
+    return __ldcg(static_cast<const uint4 *>(at));
+#else
+    return *static_cast<const uint4 *>(at);
+#endif
+}
+DEVICE uint2 load_once8(const void *at) {
+#ifdef __CUDACC__
+    return __ldcg(static_cast<const uint2 *>(at));
 #else
     return *static_cast<const uint2 *>(at);
 #endif
 }
 template <class T>
 DEVICE T load(const void *at) { return *static_cast<const T *>(at); }
+
+// From the device's memory, where the compiler cannot see that a pointer leads there.
+template <class T>
+DEVICE T load_global(const void *at) {
+#ifdef __CUDACC__
+    return *static_cast<const T *>(__cvta_global_to_generic(__cvta_generic_to_global(at)));
+#else
+    return *static_cast<const T *>(at);
+#endif
+}
 
 // Sixteen bytes from global to shared memory, beside what the thread does; `wait_copies` ends it.
 DEVICE void copy_async(void *shared, const void *global) {
@@ -96,6 +112,21 @@ template <int N>
 DEVICE void wait_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(N));
+#endif
+}
+
+// Launches overlap on a GPU that can: a kernel starts while the one before it ends. Until `follow` it may read what no
+// kernel writes, weights, and nothing else; all that came before is done and seen after it. Every thread of every kernel
+// calls it, so that kernels end in their order. `lead` lets the next kernel start: its blocks wait for a place until all
+// of this one's have begun.
+DEVICE void follow() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void lead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

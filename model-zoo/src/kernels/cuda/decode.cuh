@@ -2,8 +2,9 @@
 //
 // A block takes one token and the query heads that share a KV head, up to sixteen, as the rows of tensor-core tiles: K
 // and V are read once for all of them, sixteen slots at a time, straight into registers. Units of sixteen slots are
-// dealt to the warps of `splits` blocks in turn; the last block to finish joins their parts.
+// dealt to the warps of up to `splits` blocks in turn; the last block to finish joins their parts.
 #pragma once
+#include "async.cuh"
 #include "common.cuh"
 
 // Consecutive tokens of one row.
@@ -22,14 +23,15 @@ struct AttentionParams {
     const uint32_t *kv_len; // [rows]: slots held before the step, in this layer
     const uint32_t *starts; // [rows]: where its pages begin in `tables`
     const uint32_t *tables;
-    float *parts;           // [items, kv heads, 16-head groups, splits, 16, head_dim + 2], where splits > 1
+    float *parts;           // [items, kv heads, 16-head groups, splits, heads of the group, head_dim + 2], where splits > 1
     uint32_t *done;         // [items, kv heads, groups]: blocks that have finished; zero between launches
     uint32_t heads, kv_heads, block_size, window;  // a window of 0 sees all
     float scale;            // times log2(e)
     uint32_t pad;
 };
 
-constexpr unsigned DECODE_WARPS = 4;
+// Warps of a block, and units of sixteen slots that make another block worth it.
+constexpr unsigned DECODE_WARPS = 4, DECODE_UNITS = 8;
 
 // exp2(from - to), where nothing has been seen yet: 0.
 DEVICE float shrink(float from, float to) { return from == -INFINITY ? 0.0f : exp2f(from - to); }
@@ -50,7 +52,7 @@ struct Queries {
             for (int step = 0; step < D / 16; step++) {
                 // Steps of a wide pair share 32 channels, of which a lane has eight neighbours.
                 const int at = D % 32 == 0 ? step / 2 * 32 + 8 * t + step % 2 * 4 : step * 16 + 4 * t;
-                const uint2 v = q != nullptr ? load<uint2>(q + at) : make_uint2(0, 0);
+                const uint2 v = q != nullptr ? load_global<uint2>(q + at) : make_uint2(0, 0);
                 a[step][half] = v.x;
                 a[step][half + 2] = v.y;
             }
@@ -58,9 +60,43 @@ struct Queries {
     }
 };
 
+// Sixteen slots of one KV head, on the way from memory: their keys' channels as the product's operands, and their values.
+template <int D>
+struct Unit {
+    uint2 k[2][D / 16], v[D / 8];
+
+    // `k` is the first slot's key. Column c of tile n is slot 4 (c / 2) + c % 2 + 2 n, so that a lane's four columns are
+    // neighbours.
+    DEVICE void fetch_keys(const bf16 *first) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const bf16 *key = first + (4 * (g / 2) + g % 2 + 2 * n) * D;
+#pragma unroll
+            for (int step = 0; step < D / 16; step++) {
+                if constexpr (D % 32 == 0) {
+                    if (step % 2 == 1) continue;
+                    const uint4 both = load_once16(key + 16 * step + 8 * t);
+                    k[n][step] = make_uint2(both.x, both.y);
+                    k[n][step + 1] = make_uint2(both.z, both.w);
+                } else {
+                    k[n][step] = load_once8(key + 16 * step + 4 * t);
+                }
+            }
+        }
+    }
+
+    // `first` is the first slot's value in the first channel.
+    DEVICE void fetch_values(const bf16 *first, uint32_t block_size) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) v[n] = load_once8(first + (8 * n + g) * block_size + 4 * t);
+    }
+};
+
 template <int D>
 struct DecodeWarp {
-    float o[D / 8][4], top[2], sum[2];
+    float o[D / 8][4], s[2][4], top[2], sum[2];
 
     DEVICE void clear() {
 #pragma unroll
@@ -69,32 +105,24 @@ struct DecodeWarp {
         sum[0] = sum[1] = 0.0f;
     }
 
-    // Sixteen slots from `slot` on, of which those in begin..end are seen. `k` is the first one's key, `v` its value
-    // in the first channel.
-    DEVICE void unit(const Queries<D> &q, const bf16 *k, const bf16 *v, uint32_t slot, uint32_t begin, uint32_t end,
-                     uint32_t block_size, float scale) {
-        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        float s[2][4];
+    // Sixteen slots, whose keys `key(n, step)` gives as operands.
+    template <class Key>
+    DEVICE void score(const Queries<D> &q, Key key) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-            // Column c of tile n is slot 4 (c / 2) + c % 2 + 2 n, so that a lane's four columns are neighbours.
-            const bf16 *key = k + (4 * (g / 2) + g % 2 + 2 * n) * D;
-            if constexpr (D % 32 == 0) {
 #pragma unroll
-                for (int chunk = 0; chunk < D / 32; chunk++) {
-                    const uint4 b = load_stream(key + 32 * chunk + 8 * t);
-                    mma(s[n], q.a[2 * chunk], {b.x, b.y});
-                    mma(s[n], q.a[2 * chunk + 1], {b.z, b.w});
-                }
-            } else {
-#pragma unroll
-                for (int chunk = 0; chunk < D / 16; chunk++) {
-                    const uint2 b = load_stream8(key + 16 * chunk + 4 * t);
-                    mma(s[n], q.a[chunk], {b.x, b.y});
-                }
+            for (int step = 0; step < D / 16; step++) {
+                const uint2 k = key(n, step);
+                mma(s[n], q.a[step], {k.x, k.y});
             }
         }
+    }
+
+    // Adds the values of the scored slots from `slot` on, which `value(n)` gives; those in begin..end are seen.
+    template <class Value>
+    DEVICE void add(Value value, uint32_t slot, uint32_t begin, uint32_t end, float scale) {
+        const uint32_t t = threadIdx.x % 4;
         const bool whole = slot >= begin && slot + 16 <= end;
         bool seen[2][2] = {{true, true}, {true, true}};
         float most[2] = {-INFINITY, -INFINITY};
@@ -130,7 +158,7 @@ struct DecodeWarp {
             }
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            uint2 b = load_stream8(v + (8 * n + g) * block_size + 4 * t);
+            uint2 b = value(n);
             if (!whole) {
                 // Nobody has written there yet, and 0 times what lies there need not be 0.
                 b.x &= (seen[0][0] ? 0x0000FFFFu : 0u) | (seen[0][1] ? 0xFFFF0000u : 0u);
@@ -142,98 +170,200 @@ struct DecodeWarp {
     }
 };
 
-// Joins `count` parts [16, D + 2] (values, top, sum) of `heads` heads: calls `done(head, channel, value, top, sum)`.
-template <int D, class Done>
-DEVICE void join_parts(const float *parts, uint32_t count, uint32_t heads, Done done) {
-    for (uint32_t i = threadIdx.x; i < heads * D; i += blockDim.x) {
+// Of a part: other blocks' lie in memory, past the first cache, and the block's own in its shared memory.
+template <bool OTHERS, class T>
+DEVICE T part(const float *at) {
+#ifdef __CUDACC__
+    if constexpr (OTHERS) return __ldcg(reinterpret_cast<const T *>(at));
+#endif
+    return *reinterpret_cast<const T *>(at);
+}
+
+// Joins `count` parts, at most 32, [heads, D + 2] (values, top, sum): calls `done(head, channel, value)`
+// and, once a head, `ends(head, top, sum)`. Values of parts are sums of weighted values, or their means where `MEANS`;
+// the results are means. `shares` is [16][32] of the block's memory.
+template <int D, uint32_t WARPS, bool MEANS, class Done, class Ends>
+DEVICE void join_parts(const float *parts, uint32_t count, uint32_t heads, float *shares, Done done, Ends ends) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (uint32_t head = warp; head < heads; head += WARPS) {
+        float2 own = make_float2(-INFINITY, 0.0f);
+        if (lane < count) own = part<MEANS, float2>(parts + (lane * heads + head) * (D + 2) + D);
+        const float top = lanes_max<1, 32>(own.x), share = shrink(own.x, top);
+        const float sum = lanes_sum<1, 32>(share * own.y);
+        shares[head * 32 + lane] = (MEANS ? share * own.y : share) / sum;
+        if (lane == 0) ends(head, top, sum);
+    }
+    sync_warps<WARPS>();
+    for (uint32_t i = threadIdx.x; i < heads * D; i += WARPS * 32) {
         const uint32_t head = i / D, channel = i % D;
-        float top = -INFINITY, sum = 0.0f, value = 0.0f;
-        for (uint32_t part = 0; part < count; part++)
-            top = fmaxf(top, parts[(part * 16 + head) * (D + 2) + D]);
-        for (uint32_t part = 0; part < count; part++) {
-            const float *own = parts + (part * 16 + head) * (D + 2);
-            const float share = shrink(own[D], top);
-            if (share == 0.0f) continue;
-            value += own[channel] * share;
-            sum += own[D + 1] * share;
-        }
-        done(head, channel, value, top, sum);
+        float value = 0.0f;
+#pragma unroll 8
+        for (uint32_t i_part = 0; i_part < count; i_part++)
+            value += shares[head * 32 + i_part] * part<MEANS, float>(parts + (i_part * heads + head) * (D + 2) + channel);
+        done(head, channel, value);
     }
 }
 
-template <int D>
-DEVICE void decode(const AttentionParams &p) {
-    SHARED(float, shared);  // [DECODE_WARPS][16][D + 2], then the order in which the block finished
-    uint32_t *order = reinterpret_cast<uint32_t *>(shared + DECODE_WARPS * 16 * (D + 2));
-    const Item item = p.items[blockIdx.z];
-    if (item.row == NO_ROW) return;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, splits = gridDim.y;
-    const uint32_t kv_head = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-    const uint32_t head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
-    const uint32_t end = p.kv_len[item.row] + item.first + 1;
-    const uint32_t begin = p.window != 0 && end > p.window ? end - p.window : 0;
-    const uint32_t *table = p.tables + p.starts[item.row];
-    const size_t half_page = static_cast<size_t>(p.kv_heads) * D * p.block_size;
+// Where a block of decode attention is: which item, which of `kv_heads * ceil(group / 16)` groups of heads, and which of
+// the `splits` of its slots.
+struct DecodePlace {
+    uint32_t item, head_group, split, splits;
+};
 
-    Queries<D> q;
-    const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * D;
-    q.load_rows([&](uint32_t row) { return row < heads ? own + row * D : nullptr; });
-    DecodeWarp<D> state;
-    state.clear();
-    for (uint32_t unit = begin / 16 + blockIdx.y * DECODE_WARPS + warp; unit * 16 < end;
-         unit += splits * DECODE_WARPS) {
-        const uint32_t slot = unit * 16, place = slot % p.block_size;
-        const bf16 *page = p.pages + table[slot / p.block_size] * 2 * half_page;
-        const bf16 *k = page + (kv_head * p.block_size + place) * D;
-        const bf16 *v = page + half_page + static_cast<size_t>(kv_head) * D * p.block_size + place;
-        state.unit(q, k, v, slot, begin, end, p.block_size, p.scale);
+// A block's share of the attention of one token, as far as the step's tables tell it.
+template <int D>
+struct DecodeJob {
+    // Whether keys and values are under way while those before them are computed is a matter of registers.
+    static constexpr bool AHEAD = D <= 128;
+    static constexpr uint32_t WARPS = DECODE_WARPS;
+
+    Item item;
+    uint32_t kv_head, head0, heads;  // the first of its query heads, and how many
+    uint32_t begin, end, splits;     // slots that are seen, and blocks that share them
+    uint32_t unit, stride;           // of the warp: its first unit, and how far its next one is
+    uint32_t page, next;             // of those two
+    const uint32_t *table;
+    bool idle, fetched;
+    Unit<D> slots;
+
+    DEVICE uint32_t page_of(const AttentionParams &p, uint32_t unit) const {
+        return unit * 16 < end ? load_global<uint32_t>(table + unit * 16 / p.block_size) : 0u;
     }
+    DEVICE static size_t half_page(const AttentionParams &p) {
+        return static_cast<size_t>(p.kv_heads) * D * p.block_size;
+    }
+    DEVICE void fetch_keys(const AttentionParams &p, uint32_t unit) {
+        slots.fetch_keys(p.pages + page * 2 * half_page(p) + (kv_head * p.block_size + unit * 16 % p.block_size) * D);
+    }
+    DEVICE void fetch_values(const AttentionParams &p, uint32_t unit, uint32_t page) {
+        const bf16 *head = p.pages + (page * 2 + 1) * half_page(p) + static_cast<size_t>(kv_head) * D * p.block_size;
+        slots.fetch_values(head + unit * 16 % p.block_size, p.block_size);
+    }
+
+    // Reads what no kernel of the step writes.
+    DEVICE void prepare(const AttentionParams &p, DecodePlace at) {
+        item = load_global<Item>(p.items + at.item);
+        idle = item.row == NO_ROW;
+        fetched = false;
+        if (idle) return;
+        const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, tile = at.head_group % tiles;
+        kv_head = at.head_group / tiles;
+        head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
+        const uint32_t held = load_global<uint32_t>(p.kv_len + item.row);
+        end = held + item.first + 1;
+        begin = p.window != 0 && end > p.window ? end - p.window : 0;
+        table = p.tables + load_global<uint32_t>(p.starts + item.row);
+        // Few slots are not worth many blocks: what joins them costs more.
+        const uint32_t units = (end + 15) / 16 - begin / 16;
+        splits = min(at.splits, (units + DECODE_UNITS - 1) / DECODE_UNITS);
+        idle = at.split >= splits;
+        if (idle) return;
+        stride = splits * WARPS;
+        unit = begin / 16 + at.split * WARPS + threadIdx.x / 32;
+        page = page_of(p, unit), next = page_of(p, unit + stride);
+        fetched = unit * 16 + 16 <= held;
+        if (fetched) {
+            fetch_keys(p, unit);
+            if (AHEAD) fetch_values(p, unit, page);
+        }
+    }
+
+    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
+        Queries<D> q;
+        const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * D;
+        q.load_rows([&](uint32_t row) { return row < heads ? own + row * D : nullptr; });
+        state.clear();
+        if (!fetched && unit * 16 < end) {
+            fetch_keys(p, unit);
+            if (AHEAD) fetch_values(p, unit, page);
+        }
+        for (; unit * 16 < end; unit += stride) {
+            state.score(q, [&](int n, int step) { return slots.k[n][step]; });
+            const uint32_t own_page = page;
+            const bool more = (unit + stride) * 16 < end;
+            page = next;
+            next = page_of(p, unit + 2 * stride);
+            if (!AHEAD) fetch_values(p, unit, own_page);
+            if (AHEAD && more) fetch_keys(p, unit + stride);
+            state.add([&](int n) { return slots.v[n]; }, unit * 16, begin, end, p.scale);
+            if (!AHEAD && more) fetch_keys(p, unit + stride);
+            if (AHEAD && more) fetch_values(p, unit + stride, page);
+        }
+    }
+};
+
+// What the blocks that share a token's slots agree on.
+struct DecodeShare {
+    uint32_t item, token, head_group, head0, heads;  // the token, and its query heads
+    uint32_t split, splits, most;                    // which block it is, of how many, of at most how many
+};
+
+// Joins what the warps of a block, and the blocks that share a token's slots, have found.
+template <int D, uint32_t WARPS>
+DEVICE void decode_join(const AttentionParams &p, const DecodeShare &share, const DecodeWarp<D> &state, float *shared) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, heads = share.heads;
+    // [WARPS][heads][D + 2], then shares [16][32], then the order in which the block finished.
+    float *shares = shared + WARPS * heads * (D + 2);
+    uint32_t *order = reinterpret_cast<uint32_t *>(shares + 16 * 32);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const uint32_t row = g + 8 * half;
         const float sum = lanes_sum<1, 4>(state.sum[half]);
         if (row >= heads) continue;
-        float *part = shared + (warp * 16 + row) * (D + 2);
+        float *part = shared + (warp * heads + row) * (D + 2);
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            part[8 * n + 2 * t] = state.o[n][2 * half];
-            part[8 * n + 2 * t + 1] = state.o[n][2 * half + 1];
-        }
-        if (t == 0) part[D] = state.top[half], part[D + 1] = sum;
+        for (int n = 0; n < D / 8; n++)
+            *reinterpret_cast<float2 *>(part + 8 * n + 2 * t) = make_float2(state.o[n][2 * half], state.o[n][2 * half + 1]);
+        if (t == 0) *reinterpret_cast<float2 *>(part + D) = make_float2(state.top[half], sum);
     }
-    __syncthreads();
-    bf16 *out = p.out + (static_cast<size_t>(item.token) * p.heads + head0) * D;
-    auto finish = [&](uint32_t head, uint32_t channel, float value, float, float sum) {
-        out[head * D + channel] = to_bf16(value / sum);
-    };
-    if (splits == 1) {
-        join_parts<D>(shared, DECODE_WARPS, heads, finish);
+    sync_warps<WARPS>();
+    bf16 *out = p.out + (static_cast<size_t>(share.token) * p.heads + share.head0) * D;
+    auto finish = [&](uint32_t head, uint32_t channel, float value) { out[head * D + channel] = to_bf16(value); };
+    auto nothing = [](uint32_t, float, float) {};
+    if (share.splits == 1) {
+        join_parts<D, WARPS, false>(shared, WARPS, heads, shares, finish, nothing);
         return;
     }
-    const uint32_t place = blockIdx.z * gridDim.x + blockIdx.x;
-    float *parts = p.parts + static_cast<size_t>(place) * splits * 16 * (D + 2);
-    float *mine = parts + blockIdx.y * 16 * (D + 2);
-    join_parts<D>(shared, DECODE_WARPS, heads, [&](uint32_t head, uint32_t channel, float value, float top, float sum) {
-        mine[head * (D + 2) + channel] = value;
-        if (channel == 0) mine[head * (D + 2) + D] = top, mine[head * (D + 2) + D + 1] = sum;
-    });
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *order = atomicAdd(p.done + place, 1u);
-    __syncthreads();
-    if (*order + 1 < splits) return;
-    __threadfence();
-    join_parts<D>(parts, splits, heads, finish);
+    const uint32_t groups = p.kv_heads * ((p.heads / p.kv_heads + 15) / 16), place = share.item * groups + share.head_group;
+    // Groups of a KV head differ in their heads, so that each has room for sixteen.
+    float *parts = p.parts + static_cast<size_t>(place) * share.most * 16 * (D + 2);
+    float *mine = parts + share.split * heads * (D + 2);
+    auto keep = [&](uint32_t head, uint32_t channel, float value) { mine[head * (D + 2) + channel] = value; };
+    auto keep_end = [&](uint32_t head, float top, float sum) {
+        *reinterpret_cast<float2 *>(mine + head * (D + 2) + D) = make_float2(top, sum);
+    };
+    join_parts<D, WARPS, false>(shared, WARPS, heads, shares, keep, keep_end);
+    sync_warps<WARPS>();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        *order = atomicAdd(p.done + place, 1u);
+        __threadfence();
+    }
+    sync_warps<WARPS>();
+    if (*order + 1 < share.splits) return;
+    join_parts<D, WARPS, true>(parts, share.splits, heads, shares, finish, nothing);
     if (threadIdx.x == 0) p.done[place] = 0;
 }
 
-#define DECODE(D) \
-    KERNEL(decode_##D, AttentionParams, DECODE_WARPS * 32, 2) { decode<D>(p); }
+#define DECODE(D, blocks)                                                              \
+    KERNEL(decode_##D, AttentionParams, DECODE_WARPS * 32, blocks) {                   \
+        lead();                                                                        \
+        SHARED(float, shared);                                                         \
+        const DecodePlace at = {blockIdx.z, blockIdx.x, blockIdx.y, gridDim.y};        \
+        DecodeJob<D> job = {};                                                           \
+        job.prepare(p, at);                                                            \
+        follow();                                                                      \
+        if (job.idle) return;                                                          \
+        DecodeWarp<D> state;                                                           \
+        job.run(p, state);                                                             \
+        const DecodeShare share = {at.item,  job.item.token, at.head_group, job.head0, \
+                                   job.heads, at.split,       job.splits,    at.splits}; \
+        decode_join<D, DECODE_WARPS>(p, share, state, shared);                         \
+    }
 
-DECODE(16)
-DECODE(32)
-DECODE(64)
-DECODE(96)
-DECODE(128)
-DECODE(256)
+DECODE(16, 4)
+DECODE(32, 4)
+DECODE(64, 4)
+DECODE(96, 3)
+DECODE(128, 2)
+DECODE(256, 2)

@@ -111,7 +111,12 @@ pub struct Launch<'a> {
     pub shared: u32,
     /// The kernel's parameter, as bytes.
     pub params: &'a [u8],
+    /// All blocks run at the same time, so that they may wait for each other.
+    pub together: bool,
 }
+
+/// A device's description of a weight matrix of which kernels copy tiles: an opaque constant.
+pub type TileMap = [u64; 16];
 
 /// What a product writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -174,6 +179,18 @@ pub trait Device: Debug + Send + Sync {
 
     /// Multiprocessors: how many blocks it takes to fill it.
     fn multiprocessors(&self) -> u32;
+
+    /// Bytes of shared memory that a block may have.
+    fn block_memory(&self) -> usize;
+
+    /// Whether it can run blocks of a launch at the same time (see [`Launch::together`]).
+    fn runs_together(&self) -> bool;
+
+    /// Describes the bf16 matrix `[rows, cols]`, `cols` a multiple of 64, for copies of 16 rows and 8 times 64 columns.
+    ///
+    /// # Errors
+    /// [`ZooError::Device`].
+    fn tile_map(&self, matrix: Part, rows: usize, cols: usize) -> Result<TileMap>;
 
     /// Bytes of memory that are free, and all of them.
     ///

@@ -6,7 +6,10 @@ use std::sync::{Arc, Barrier, Mutex, PoisonError};
 
 use half::bf16;
 
-use super::device::{Allocation, Buffer, Device, Gemm, Graph, Growable, Launch, Output, Part, Shard};
+use super::device::{
+    Allocation, Buffer, Device, Gemm, Graph, Growable, Launch, Output, Part, Shard, TileMap,
+};
+use super::ops::need;
 use crate::{Result, ZooError};
 
 unsafe extern "C" {
@@ -287,6 +290,20 @@ impl Device for Emulated {
         self.multiprocessors
     }
 
+    fn block_memory(&self) -> usize {
+        227 << 10
+    }
+
+    fn runs_together(&self) -> bool {
+        false
+    }
+
+    fn tile_map(&self, matrix: Part, rows: usize, cols: usize) -> Result<TileMap> {
+        // Kernels follow the matrix itself here.
+        need("a matrix", matrix, 2 * rows * cols)?;
+        Ok([0; 16])
+    }
+
     fn memory(&self) -> Result<(u64, u64)> {
         Ok((64 << 20, 64 << 20))
     }
@@ -325,7 +342,10 @@ impl Device for Emulated {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, threads, shared, params } = *launch;
+        let Launch { kernel, grid, threads, shared, params, together } = *launch;
+        if together {
+            return Err(ZooError::Device("blocks of the emulated device run one after another".into()));
+        }
         self.take(Work::Launch { kernel, grid, threads, shared, params: params.to_vec() })
     }
 

@@ -9,6 +9,8 @@
 
 #include "decode.cuh"
 
+#include "fused.cuh"
+
 #include "prefill.cuh"
 
 #include "sample.cuh"

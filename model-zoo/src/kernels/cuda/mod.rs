@@ -11,6 +11,7 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emulated")]
 pub mod emulated;
+pub mod fused;
 pub mod ops;
 mod params;
 pub mod sampling;

@@ -12,7 +12,7 @@ use crate::config::Activation;
 use crate::{Result, ZooError};
 
 /// Most tokens that the kernels of few rows take.
-pub const SKINNY_TOKENS: usize = 32;
+pub const SKINNY_TOKENS: usize = 8;
 
 /// A weight matrix `[rows, cols]` in bf16, and its bias in f32.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +81,13 @@ pub struct Heads {
     pub block_size: usize,
 }
 
+impl Heads {
+    /// KV heads, times the sixteens of the query heads that share one: what blocks of decode attention share out.
+    pub fn groups(self) -> usize {
+        self.kv * (self.queries / self.kv).div_ceil(16)
+    }
+}
+
 /// What comes after a product of few rows.
 #[derive(Debug, Clone, Copy)]
 pub enum After {
@@ -137,7 +144,7 @@ pub(super) fn run(
         return Ok(());
     }
     let params = bytemuck::bytes_of(params);
-    let launch = Launch { kernel, grid, threads, shared: shared as u32, params };
+    let launch = Launch { kernel, grid, threads, shared: shared as u32, params, together: false };
     // SAFETY: every caller in this file pairs a kernel with its own parameters and has checked its buffers; indexes in
     // device memory are checked where they are made (see the module).
     unsafe { device.launch(&launch) }
@@ -160,11 +167,19 @@ pub fn embed(
     (x, count, width): (Part, usize, usize),
     scale: f32,
 ) -> Result<()> {
+    let params = embed_params((table, tokens), (x, count, width), scale)?;
+    run(device, ("embed", 256, 0), [count as u32, 1, 1], &params)
+}
+
+pub(super) fn embed_params(
+    (table, tokens): (Part, Part),
+    (x, count, width): (Part, usize, usize),
+    scale: f32,
+) -> Result<EmbedParams> {
     need("tokens", tokens, 4 * count)?;
     need("x", x, 4 * count * width)?;
     let (table, tokens, x) = (table.pointer(), tokens.pointer(), x.pointer());
-    let params = EmbedParams { table, tokens, x, width: width as u32, scale };
-    run(device, ("embed", 256, 0), [count as u32, 1, 1], &params)
+    Ok(EmbedParams { table, tokens, x, width: width as u32, scale })
 }
 
 /// cos and sin of `count` positions, times `magnitude`, into `table`, `[count, half, 2]` f32.
@@ -173,16 +188,24 @@ pub fn embed(
 /// [`ZooError::Device`].
 pub fn rotary(
     device: &dyn Device,
-    (frequencies, magnitude): (Part, f32),
+    frequencies: (Part, f32),
     (positions, count): (Part, usize),
     table: Part,
 ) -> Result<()> {
+    let params = rotary_params(frequencies, (positions, count), table)?;
+    run(device, ("rotary", 128, 0), [count as u32, 1, 1], &params)
+}
+
+pub(super) fn rotary_params(
+    (frequencies, magnitude): (Part, f32),
+    (positions, count): (Part, usize),
+    table: Part,
+) -> Result<RotaryParams> {
     let half = frequencies.len() / 4;
     need("positions", positions, 4 * count)?;
     need("rotary", table, 8 * count * half)?;
     let (frequencies, positions, table) = (frequencies.pointer(), positions.pointer(), table.pointer());
-    let params = RotaryParams { frequencies, positions, table, half: half as u32, magnitude };
-    run(device, ("rotary", 128, 0), [count as u32, 1, 1], &params)
+    Ok(RotaryParams { frequencies, positions, table, half: half as u32, magnitude })
 }
 
 /// `out = norm(x)`, f32 rows of the step to dense bf16 rows.
@@ -279,6 +302,29 @@ pub fn skinny(
     (x, tokens, norm): (Part, Tokens, Option<Norm>),
     after: After,
 ) -> Result<()> {
+    let kernel = match (after, norm.is_some()) {
+        (After::Float(_), true) => "skinny_norm_float",
+        (After::Float(_), false) => "skinny_float",
+        (After::Half(_), true) => "skinny_norm_half",
+        (After::Gate(..), true) => "skinny_norm_gate",
+        (After::Place(_), true) => "skinny_norm_place",
+        (After::Add(_), false) => "skinny_add",
+        (after, normed) => {
+            return Err(ZooError::Device(format!("no kernel for {after:?} of rows normed: {normed}")));
+        }
+    };
+    let params = skinny_params(matrix, (x, tokens, norm), after)?;
+    let shared = 4 * 8 * SKINNY_TOKENS * (20 + 1);
+    let blocks = if tokens.count == 0 { 0 } else { matrix.rows.div_ceil(16) as u32 };
+    run(device, (kernel, 256, shared), [blocks, 1, 1], &params)
+}
+
+/// What [`skinny`]'s kernels are told, checked.
+pub(super) fn skinny_params(
+    matrix: &Matrix,
+    (x, tokens, norm): (Part, Tokens, Option<Norm>),
+    after: After,
+) -> Result<SkinnyParams> {
     let Matrix { weight, bias, rows, cols } = *matrix;
     need("weights", weight, 2 * rows * cols)?;
     if tokens.count > SKINNY_TOKENS || !cols.is_multiple_of(8) {
@@ -288,54 +334,38 @@ pub fn skinny(
     if norm.is_none() {
         need("x", x, 2 * tokens.count * cols)?;
     }
-    let tiles = tokens.count.div_ceil(8).next_power_of_two();
-    let name = |names: [&'static str; 3]| names[tiles.ilog2() as usize];
-    let mut kind = 0;
-    let mut place: PlaceParams = bytemuck::Zeroable::zeroed();
-    let (kernel, out) = match (after, norm.is_some()) {
-        (After::Float(out), normed) => {
-            need("product", out, 4 * tokens.count * rows)?;
-            let plain = ["skinny_float_1", "skinny_float_2", "skinny_float_4"];
-            let norm = ["skinny_norm_float_1", "skinny_norm_float_2", "skinny_norm_float_4"];
-            (name(if normed { norm } else { plain }), out)
-        }
-        (After::Half(out), true) => {
-            need("product", out, 2 * tokens.count * rows)?;
-            (name(["skinny_norm_half_1", "skinny_norm_half_2", "skinny_norm_half_4"]), out)
-        }
-        (After::Gate(out, activation_kind), true) => {
-            need("gated", out, tokens.count * rows)?;
-            kind = activation(activation_kind);
-            (name(["skinny_norm_gate_1", "skinny_norm_gate_2", "skinny_norm_gate_4"]), out)
-        }
-        (After::Place(places), true) => {
-            places.check(tokens.count)?;
-            place = places.params();
-            (name(["skinny_norm_place_1", "skinny_norm_place_2", "skinny_norm_place_4"]), Part::NONE)
-        }
-        (After::Add(out), false) => (name(["skinny_add_1", "skinny_add_2", "skinny_add_4"]), out),
-        (after, normed) => {
-            return Err(ZooError::Device(format!("no kernel for {after:?} of rows normed: {normed}")));
-        }
-    };
-    let params = SkinnyParams {
+    let mut params = SkinnyParams {
         weight: weight.pointer(),
         x: x.pointer(),
         norm: norm.map_or(0, |norm| norm.weight.pointer()),
         bias: bias.pointer(),
-        out: out.pointer(),
+        out: 0,
         index: tokens.index.pointer(),
         rows: rows as u32,
         cols: cols as u32,
         tokens: tokens.count as u32,
-        activation: kind,
+        activation: 0,
         eps: norm.map_or(0.0, |norm| norm.eps),
         pad: 0,
-        place,
+        place: bytemuck::Zeroable::zeroed(),
     };
-    let shared = 4 * 8 * (8 * tiles) * (20 + 1);
-    let blocks = if tokens.count == 0 { 0 } else { rows.div_ceil(16) as u32 };
-    run(device, (kernel, 256, shared), [blocks, 1, 1], &params)
+    let out = match after {
+        After::Float(out) => (out, 4 * tokens.count * rows),
+        After::Half(out) => (out, 2 * tokens.count * rows),
+        After::Gate(out, kind) => {
+            params.activation = activation(kind);
+            (out, tokens.count * rows)
+        }
+        After::Place(places) => {
+            places.check(tokens.count)?;
+            params.place = places.params();
+            (Part::NONE, 0)
+        }
+        After::Add(out) => (out, 0),
+    };
+    need("product", out.0, out.1)?;
+    params.out = out.0.pointer();
+    Ok(params)
 }
 
 /// The product of dense bf16 rows with `matrix`, without its bias.

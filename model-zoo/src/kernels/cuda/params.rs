@@ -47,6 +47,14 @@ params! {
         tables: Pointer, parts: Pointer, done: Pointer, heads: u32, kv_heads: u32, block_size: u32, window: u32,
         scale: f32, pad: u32,
     }
+    StageParams {
+        kind: u32, tokens: u32, head_groups: u32, splits: u32, skinny: SkinnyParams, attention: AttentionParams,
+        embed: EmbedParams, rotary: RotaryParams,
+    }
+    FusedParams {
+        stages: Pointer, maps: Pointer, arrived: Pointer, from: u32, to: u32, room: u32, slots: u32, ahead: u32,
+        pad: u32,
+    }
     DrawParams { row: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32, uniform: f32 }
     SampleParams { logits: Pointer, draws: Pointer, tokens: Pointer, vocab: u32, pad: u32 }
 }

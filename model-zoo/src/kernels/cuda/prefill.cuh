@@ -116,6 +116,8 @@ struct PrefillWarp {
 
 template <int D>
 DEVICE void prefill(const AttentionParams &p) {
+    lead();
+    follow();
     using Shape = PrefillTile<D>;
     SHARED(bf16, tiles);  // [2][Shape::LEN]
     const Item item = p.items[blockIdx.z];

@@ -11,11 +11,16 @@ struct EmbedParams {
     float scale;
 };
 
+DEVICE void embed_one(const EmbedParams &p, uint32_t token, uint32_t i) {
+    const bf16 value = p.table[static_cast<size_t>(p.tokens[token]) * p.width + i];
+    p.x[static_cast<size_t>(token) * p.width + i] = p.scale * to_float(value);
+}
+
 // x[token] = scale * table[tokens[token]]; one block a token.
 KERNEL(embed, EmbedParams, 256, 1) {
-    const bf16 *row = p.table + static_cast<size_t>(p.tokens[blockIdx.x]) * p.width;
-    float *x = p.x + static_cast<size_t>(blockIdx.x) * p.width;
-    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) x[i] = p.scale * to_float(row[i]);
+    lead();
+    follow();
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) embed_one(p, blockIdx.x, i);
 }
 
 struct RotaryParams {
@@ -26,13 +31,17 @@ struct RotaryParams {
     float magnitude;
 };
 
+DEVICE void rotary_one(const RotaryParams &p, uint32_t token, uint32_t i) {
+    float s, c;
+    sincosf_(static_cast<float>(p.positions[token]) * p.frequencies[i], &s, &c);
+    p.table[static_cast<size_t>(token) * p.half + i] = make_float2(c * p.magnitude, s * p.magnitude);
+}
+
 // One block a token.
 KERNEL(rotary, RotaryParams, 128, 1) {
-    for (uint32_t i = threadIdx.x; i < p.half; i += blockDim.x) {
-        float s, c;
-        sincosf_(static_cast<float>(p.positions[blockIdx.x]) * p.frequencies[i], &s, &c);
-        p.table[static_cast<size_t>(blockIdx.x) * p.half + i] = make_float2(c * p.magnitude, s * p.magnitude);
-    }
+    lead();
+    follow();
+    for (uint32_t i = threadIdx.x; i < p.half; i += blockDim.x) rotary_one(p, blockIdx.x, i);
 }
 
 struct NormParams {
@@ -46,6 +55,8 @@ struct NormParams {
 
 // out[token] = x[index[token]] / rms * weight; one block a token.
 KERNEL(rms_norm, NormParams, 256, 1) {
+    lead();
+    follow();
     SHARED(float, scratch);
     const uint32_t at = p.index != nullptr ? p.index[blockIdx.x] : blockIdx.x;
     const float *x = p.x + static_cast<size_t>(at) * p.width;
@@ -75,6 +86,8 @@ struct AddParams {
 
 // x[index[token]] += norm(y[token] + bias); one block a token.
 KERNEL(add_rows, AddParams, 256, 1) {
+    lead();
+    follow();
     SHARED(float, scratch);
     const uint32_t at = p.index != nullptr ? p.index[blockIdx.x] : blockIdx.x;
     float *x = p.x + static_cast<size_t>(at) * p.width;
@@ -99,6 +112,8 @@ struct ActivateParams {
 
 // One block a token; width is a multiple of 8.
 KERNEL(activate_rows, ActivateParams, 256, 1) {
+    lead();
+    follow();
     const bf16 *row = p.gate_up + static_cast<size_t>(blockIdx.x) * 2 * p.width;
     bf16 *out = p.out + static_cast<size_t>(blockIdx.x) * p.width;
     for (uint32_t i = threadIdx.x; i < p.width / 8; i += blockDim.x) {
@@ -132,9 +147,12 @@ struct PlaceRowsParams {
 
 // Norms and turns heads, and writes them where they belong; one block a token, one warp a head.
 KERNEL(place_rows, PlaceRowsParams, 256, 1) {
+    lead();
+    follow();
     const uint32_t d = p.place.head_dim, heads = p.place.heads, all = heads + 2 * p.place.kv_heads;
     const uint32_t lane = threadIdx.x % 32, token = blockIdx.x;
     const uint32_t step_token = p.index != nullptr ? p.index[token] : token;
+    const PlaceTarget target = place_target(p.place, step_token);
     const bf16 *row = p.qkv + static_cast<size_t>(token) * all * d;
     auto value = [&](uint32_t i) { return to_float(row[i]) + (p.bias != nullptr ? p.bias[i] : 0.0f); };
     for (uint32_t head = threadIdx.x / 32; head < all; head += blockDim.x / 32) {
@@ -149,7 +167,8 @@ KERNEL(place_rows, PlaceRowsParams, 256, 1) {
             const uint32_t channel = i / 8 * 16 + i % 8;
             float a = value(head * d + channel), b = value(head * d + channel + 8);
             if (norm != nullptr) a *= scale * norm[channel], b *= scale * norm[channel + 8];
-            place_pair(p.place, token, step_token, head * d + channel, a, b);
+            const uint32_t at = head * d + channel;
+            place_pair(p.place, target, place_turn(p.place, step_token, at), token, at, a, b);
         }
     }
 }

@@ -90,17 +90,26 @@ struct Kept {
 };
 
 KERNEL(sample, SampleParams, SAMPLE_THREADS, 1) {
+    lead();
+    follow();
     SHARED(float, scratch);  // 32 floats, 32 counts, then one of each a thread
     const Draw draw = p.draws[blockIdx.x];
     const float *logits = p.logits + static_cast<size_t>(draw.row) * p.vocab;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Best best = {-INFINITY, 0};
     uint32_t bad = 0;
-    for (uint32_t id = threadIdx.x; id < p.vocab; id += SAMPLE_THREADS) {
-        const float value = logits[id];
+    auto look = [&](uint32_t id, float value) {
         bad |= value != value;
         best = better(best, {value, id});
+    };
+    // By fours where rows lie so; a thread sees ids in rising order either way.
+    const uint32_t fours = p.vocab % 4 == 0 ? p.vocab / 4 : 0;
+#pragma unroll 8
+    for (uint32_t four = threadIdx.x; four < fours; four += SAMPLE_THREADS) {
+        const float4 v = load<float4>(logits + 4 * four);
+        look(4 * four, v.x), look(4 * four + 1, v.y), look(4 * four + 2, v.z), look(4 * four + 3, v.w);
     }
+    for (uint32_t id = 4 * fours + threadIdx.x; id < p.vocab; id += SAMPLE_THREADS) look(id, logits[id]);
     for (int bit = 1; bit < 32; bit *= 2) {
         bad |= __shfl_xor_sync(FULL, bad, bit);
         const float value = __shfl_xor_sync(FULL, best.value, bit);

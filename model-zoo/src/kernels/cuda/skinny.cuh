@@ -1,4 +1,4 @@
-// Products of a weight matrix with few rows of activations, and what comes before and after them.
+// Products of a weight matrix with up to eight rows of activations, and what comes before and after them.
 //
 // A block takes sixteen rows of weights; its warps share their columns. A lane reads sixteen bytes of rows g and g + 8
 // at a time: eight neighbouring columns, which the tensor cores take in any order as long as both operands have the
@@ -21,7 +21,7 @@ struct SkinnyParams {
     PlaceParams place;
 };
 
-constexpr unsigned SKINNY_THREADS = 256, SKINNY_STRIDE = 20, SKINNY_UNROLL = 4;
+constexpr unsigned SKINNY_THREADS = 256, SKINNY_TOKENS = 8, SKINNY_STRIDE = 20, SKINNY_UNROLL = 3;
 
 // out[token, row] = y, bf16
 struct StoreHalf {
@@ -57,112 +57,102 @@ struct Gate {
 // The joint product of Q, K and V, turned, to where they belong.
 struct Place {
     static DEVICE void pair(const SkinnyParams &p, uint32_t token, uint32_t step_token, uint32_t row, float a, float b) {
-        place_pair(p.place, token, step_token, row, a, b);
+        const PlaceTarget target = place_target(p.place, step_token);
+        place_pair(p.place, target, place_turn(p.place, step_token, row), token, row, a, b);
     }
 };
 
 // Eight columns of one token, as bf16; `squares` gathers the squares of what they were before the norm's weights.
 template <bool NORM>
-DEVICE uint4 skinny_x(const SkinnyParams &p, const void *row, uint32_t column, float &squares) {
+DEVICE uint4 skinny_x(const SkinnyParams &p, const void *row, uint32_t column, bool counts, float &squares) {
     if (!NORM) return load<uint4>(static_cast<const bf16 *>(row) + column);
     const float *x = static_cast<const float *>(row) + column, *w = p.norm + column;
-    float v[8];
+    float v[8], sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
         const float4 a = load<float4>(x + i), b = load<float4>(w + i);
-        squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+        sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
         v[i] = a.x * b.x, v[i + 1] = a.y * b.y, v[i + 2] = a.z * b.z, v[i + 3] = a.w * b.w;
     }
+    squares += counts ? sum : 0.0f;
     return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
 }
 
-template <int TILES, bool NORM, class Epilogue>
+template <bool NORM, class Epilogue>
 DEVICE void skinny(const SkinnyParams &p) {
-    constexpr uint32_t WARPS = SKINNY_THREADS / 32, TOKENS = 8 * TILES, PART = TOKENS * SKINNY_STRIDE;
-    SHARED(float, parts);  // [WARPS][TOKENS][SKINNY_STRIDE], then [WARPS][TOKENS]
+    constexpr uint32_t WARPS = SKINNY_THREADS / 32, PART = SKINNY_TOKENS * SKINNY_STRIDE;
+    constexpr uint32_t CHUNK = 32, STRIDE = WARPS * CHUNK, ROUND = STRIDE * SKINNY_UNROLL;
+    lead();
+    SHARED(float, parts);  // [WARPS][SKINNY_TOKENS][SKINNY_STRIDE], then [WARPS][SKINNY_TOKENS]
     float *sums = parts + WARPS * PART;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t row = blockIdx.x * 16 + g;
     const bf16 *weights[2] = {p.weight + static_cast<size_t>(row) * p.cols,
                               p.weight + static_cast<size_t>(row + 8) * p.cols};
     const bool has[2] = {row < p.rows, row + 8 < p.rows};
-    const void *x[TILES];
+    // Loads run ahead by a round: what is used is read again for the next one at once.
+    uint4 w[SKINNY_UNROLL][2];
+    auto fetch = [&](uint4 (&to)[2], uint32_t column) {
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        const uint32_t token = tile * 8 + g;
-        x[tile] = nullptr;
-        if (token >= p.tokens) continue;
-        // What is normed lies among the step's tokens; all else lies densely.
-        const uint32_t at = NORM && p.index != nullptr ? p.index[token] : token;
-        x[tile] = static_cast<const char *>(p.x) + static_cast<size_t>(at) * p.cols * (NORM ? 4 : 2);
-    }
-    float c[TILES][4] = {}, squares[TILES] = {};
-    constexpr uint32_t CHUNK = 32, STRIDE = WARPS * CHUNK;
-    for (uint32_t base = warp * CHUNK; base < p.cols; base += STRIDE * SKINNY_UNROLL) {
-        uint4 w[SKINNY_UNROLL][2];
-#pragma unroll
-        for (uint32_t u = 0; u < SKINNY_UNROLL; u++) {
-            const uint32_t column = base + u * STRIDE + 8 * t;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const bool inside = column < p.cols && has[half];
-                w[u][half] = inside ? load_stream(weights[half] + column) : make_uint4(0, 0, 0, 0);
-            }
+        for (int half = 0; half < 2; half++) {
+            const bool inside = column < p.cols && has[half];
+            to[half] = inside ? load_stream(weights[half] + column) : make_uint4(0, 0, 0, 0);
         }
+    };
+    const uint32_t begin = warp * CHUNK + 8 * t;
+#pragma unroll
+    for (uint32_t u = 0; u < SKINNY_UNROLL; u++) fetch(w[u], begin + u * STRIDE);
+    follow();
+    // Where there is no token the last one stands in: nobody looks at its result. What is normed lies among the step's
+    // tokens; all else lies densely.
+    const uint32_t own = min(g, p.tokens - 1), at = NORM && p.index != nullptr ? p.index[own] : own;
+    const void *x = static_cast<const char *>(p.x) + static_cast<size_t>(at) * p.cols * (NORM ? 4 : 2);
+    float c[4] = {}, squares = 0.0f;
+    // All warps take part in all rounds; past the end weights are zeros, and some column stands in.
+    for (uint32_t base = 0; base < p.cols; base += ROUND) {
 #pragma unroll
         for (uint32_t u = 0; u < SKINNY_UNROLL; u++) {
-            const uint32_t column = base + u * STRIDE + 8 * t;
+            const uint32_t column = base + begin + u * STRIDE;
+            const bool inside = column < p.cols;
             const uint4 a = w[u][0], b = w[u][1];
-            const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (x[tile] != nullptr && column < p.cols) v = skinny_x<NORM>(p, x[tile], column, squares[tile]);
-                mma(c[tile], first, {v.x, v.y});
-                mma(c[tile], second, {v.z, v.w});
-            }
+            const uint4 v = skinny_x<NORM>(p, x, inside ? column : 0, inside, squares);
+            mma(c, {a.x, b.x, a.y, b.y}, {v.x, v.y});
+            mma(c, {a.z, b.z, a.w, b.w}, {v.z, v.w});
+            fetch(w[u], column + ROUND);
         }
     }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        float *part = parts + warp * PART + (tile * 8 + 2 * t) * SKINNY_STRIDE + g;
-        part[0] = c[tile][0];
-        part[SKINNY_STRIDE] = c[tile][1];
-        part[8] = c[tile][2];
-        part[SKINNY_STRIDE + 8] = c[tile][3];
-        if (NORM) {
-            const float sum = lanes_sum<1, 4>(squares[tile]);
-            if (t == 0) sums[warp * TOKENS + tile * 8 + g] = sum;
-        }
+    float *part = parts + warp * PART + 2 * t * SKINNY_STRIDE + g;
+    part[0] = c[0];
+    part[SKINNY_STRIDE] = c[1];
+    part[8] = c[2];
+    part[SKINNY_STRIDE + 8] = c[3];
+    if (NORM) {
+        const float sum = lanes_sum<1, 4>(squares);
+        if (t == 0) sums[warp * SKINNY_TOKENS + g] = sum;
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < TOKENS * 8; i += SKINNY_THREADS) {
-        const uint32_t token = i / 8, j = i % 8, at = blockIdx.x * 16 + j;
-        if (token >= p.tokens) break;
-        float a = 0.0f, b = 0.0f, sum = 0.0f;
+    const uint32_t token = threadIdx.x / 8, j = threadIdx.x % 8, out = blockIdx.x * 16 + j;
+    if (token >= p.tokens) return;
+    float a = 0.0f, b = 0.0f, sum = 0.0f;
 #pragma unroll
-        for (uint32_t w = 0; w < WARPS; w++) {
-            a += parts[w * PART + token * SKINNY_STRIDE + j];
-            b += parts[w * PART + token * SKINNY_STRIDE + j + 8];
-            if (NORM) sum += sums[w * TOKENS + token];
-        }
-        if (NORM) {
-            const float scale = rsqrtf(sum / p.cols + p.eps);
-            a *= scale, b *= scale;
-        }
-        if (p.bias != nullptr) {
-            if (at < p.rows) a += p.bias[at];
-            if (at + 8 < p.rows) b += p.bias[at + 8];
-        }
-        const uint32_t step_token = p.index != nullptr ? p.index[token] : token;
-        Epilogue::pair(p, token, step_token, at, a, b);
+    for (uint32_t w = 0; w < WARPS; w++) {
+        a += parts[w * PART + token * SKINNY_STRIDE + j];
+        b += parts[w * PART + token * SKINNY_STRIDE + j + 8];
+        if (NORM) sum += sums[w * SKINNY_TOKENS + token];
     }
+    if (NORM) {
+        const float scale = rsqrtf(sum / p.cols + p.eps);
+        a *= scale, b *= scale;
+    }
+    if (p.bias != nullptr) {
+        if (out < p.rows) a += p.bias[out];
+        if (out + 8 < p.rows) b += p.bias[out + 8];
+    }
+    Epilogue::pair(p, token, p.index != nullptr ? p.index[token] : token, out, a, b);
 }
 
-#define SKINNY(name, norm, Epilogue)                                                                               \
-    KERNEL(skinny_##name##_1, SkinnyParams, SKINNY_THREADS, 3) { skinny<1, norm, Epilogue>(p); }                   \
-    KERNEL(skinny_##name##_2, SkinnyParams, SKINNY_THREADS, 3) { skinny<2, norm, Epilogue>(p); }                   \
-    KERNEL(skinny_##name##_4, SkinnyParams, SKINNY_THREADS, 2) { skinny<4, norm, Epilogue>(p); }
+#define SKINNY(name, norm, Epilogue) \
+    KERNEL(skinny_##name, SkinnyParams, SKINNY_THREADS, 3) { skinny<norm, Epilogue>(p); }
 
 SKINNY(norm_place, true, Place)
 SKINNY(norm_half, true, StoreHalf)

@@ -123,7 +123,15 @@ impl StepTables {
 
     /// Where what has no fixed place begins.
     fn variable(&self) -> usize {
-        self.by_layer() + 2 * self.bounds.layers * self.rows
+        self.by_layer() + 2 * self.bounds.layers * self.rows + 1
+    }
+
+    /// A word that is zero when a step begins, for blocks that count each other.
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn counter(&self) -> Result<Part> {
+        self.part(self.variable() - 1, 1)
     }
 
     /// What runs where, and the spans of it.

@@ -1,9 +1,10 @@
 //! The decoder of the Llama family and Gemma 3 on a GPU, over whatever [`Device`] runs the kernels.
 //!
 //! A step: lay it out as tables and upload them → embed → for each layer, attention then FFN on the tokens that run
-//! them → keep the stream for logits. Steps of one token a row are captured once their class has been seen, and
-//! replayed. Weights and activations are bf16, the residual stream and all sums f32.
+//! them → keep the stream for logits. Steps of one token a row are one launch where they are few (`fused`), and else
+//! captured once their class has been seen, and replayed. Weights and activations are bf16, the residual stream and all sums f32.
 
+mod fused;
 mod graphs;
 mod layer;
 mod load;
@@ -197,7 +198,7 @@ struct Step {
 }
 
 impl GpuDecoder {
-    /// Replays the step's class, or runs it, capturing it the second time.
+    /// Replays the step's class, or runs it: as one launch where that can be, else capturing it the second time.
     fn run(&mut self, step: &Step) -> Result<()> {
         if !self.tables.is_uniform() {
             return self.launch(step);
@@ -205,6 +206,12 @@ impl GpuDecoder {
         let key = graphs::key(self.tables.class(), (step.pool, step.whole));
         if let Some(graph) = self.graphs.get(&key) {
             return graph.replay();
+        }
+        if self.fuses(step) {
+            let fused = self.fuse(step)?;
+            fused.replay()?;
+            self.graphs.insert(key, fused);
+            return Ok(());
         }
         if !self.graphs.is_due(&key) {
             return self.launch(step);

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use super::device::{Buffer, Device, Gemm, Graph, Growable, Launch, Output, Part};
+use super::device::{Buffer, Device, Gemm, Graph, Growable, Launch, Output, Part, TileMap};
+use super::ops::need;
 use crate::{Result, ZooError};
 use lt::Lt;
 
@@ -36,6 +37,8 @@ pub struct Gpu {
     multiprocessors: u32,
     /// Bytes of shared memory that a block may have.
     shared: i32,
+    /// Whether kernels start while those before them end (see `follow` in `common.cuh`).
+    overlaps: bool,
     meter: Option<meter::Meter>,
 }
 
@@ -96,9 +99,21 @@ impl Gpu {
         let attribute = |which| unsafe { result::device::get_attribute(context.device, which) };
         let multiprocessors = attribute(count).map_err(failed("size"))? as u32;
         let shared = attribute(shared).map_err(failed("size"))?;
+        let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+        let overlaps = attribute(major).map_err(failed("architecture"))? >= 9;
         let lt = Lt::new(&context)?;
         let meter = meter::Meter::open(index as u32);
-        Ok(Self { meter, context, lt, module, functions: Mutex::default(), name, multiprocessors, shared })
+        Ok(Self {
+            meter,
+            context,
+            lt,
+            module,
+            functions: Mutex::default(),
+            name,
+            multiprocessors,
+            shared,
+            overlaps,
+        })
     }
 
     fn function(&self, name: &'static str) -> Result<sys::CUfunction> {
@@ -200,6 +215,20 @@ impl Device for Gpu {
         self.multiprocessors
     }
 
+    fn block_memory(&self) -> usize {
+        self.shared as usize
+    }
+
+    fn runs_together(&self) -> bool {
+        true
+    }
+
+    fn tile_map(&self, matrix: Part, rows: usize, cols: usize) -> Result<TileMap> {
+        need("a matrix", matrix, 2 * rows * cols)?;
+        self.context.enter()?;
+        tile_map(matrix, rows as u64, cols as u64)
+    }
+
     fn memory(&self) -> Result<(u64, u64)> {
         self.context.enter()?;
         let (free, total) = result::mem_get_info().map_err(failed("memory"))?;
@@ -255,19 +284,25 @@ impl Device for Gpu {
         let mut params = vec![0u64; launch.params.len().div_ceil(8)];
         bytemuck::cast_slice_mut::<_, u8>(&mut params)[..launch.params.len()].copy_from_slice(launch.params);
         let mut pointers = [params.as_mut_ptr().cast::<c_void>()];
+        // A launch whose blocks wait for each other has the device for itself.
+        let mut attribute = if launch.together { cooperating() } else { overlapping() };
         let [x, y, z] = launch.grid;
-        // SAFETY: the caller's promise about the parameter; function and stream are live.
-        unsafe {
-            result::launch_kernel(
-                function,
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared,
-                self.context.stream,
-                &mut pointers,
-            )
-        }
-        .map_err(failed(launch.kernel))
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.context.stream,
+            attrs: &mut attribute,
+            numAttrs: u32::from(self.overlaps || launch.together),
+        };
+        // SAFETY: the caller's promise about the parameter; function, stream and attribute are live.
+        unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(failed(launch.kernel))
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
@@ -302,6 +337,52 @@ impl Device for Gpu {
     fn synchronize(&self) -> Result<()> {
         self.context.synchronize()
     }
+}
+
+/// Lets a kernel start while the one before it in the stream ends.
+fn overlapping() -> sys::CUlaunchAttribute {
+    // SAFETY: integers, and a union of plain values of which all zeros are one.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
+}
+
+/// Lets the blocks of a launch wait for each other.
+fn cooperating() -> sys::CUlaunchAttribute {
+    // SAFETY: as in `overlapping`.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    attribute.value.cooperative = 1;
+    attribute
+}
+
+/// See [`Device::tile_map`]: boxes as `TiledMatrix` in `async.cuh` says.
+fn tile_map(matrix: Part, rows: u64, cols: u64) -> Result<TileMap> {
+    let (sizes, strides) = ([64, rows, cols / 64], [2 * cols, 128]);
+    let (boxes, steps) = ([64u32, 16, 8], [1u32; 3]);
+    // SAFETY: opaque words, all of which the call below writes.
+    let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+    // SAFETY: pointers to locals of three and two values; the matrix is a checked part of live memory.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            3,
+            matrix.address() as *mut c_void,
+            sizes.as_ptr(),
+            strides.as_ptr(),
+            boxes.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .map_err(failed("describing a matrix"))?;
+    Ok(map.opaque)
 }
 
 /// Whether what a product writes is f32.

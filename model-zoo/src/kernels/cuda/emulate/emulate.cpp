@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr unsigned MAX_THREADS = 1024, WARP = 32, STACK = 128 << 10, SLOT = 32;
+constexpr unsigned MAX_THREADS = 1024, WARP = 32, STACK = 128 << 10, SLOT = 32, MOST_YIELDS = 100'000'000;
 
 #if defined(__x86_64__)
 // Stores the registers that a call keeps on the stack, changes stacks, and loads them.
@@ -41,7 +41,7 @@ using Context = void *;
 using Context = ucontext_t;
 #endif
 
-enum State : uint8_t { READY, AT_BLOCK, AT_WARP, DONE };
+enum State : uint8_t { READY, AT_BLOCK, AT_SOME, AT_WARP, DONE };
 
 struct Fiber {
     Context context;
@@ -62,7 +62,7 @@ struct Device {
     Warp warps[MAX_THREADS / WARP];
     Context scheduler;
     Fiber *current;
-    unsigned threads, alive, waiting;
+    unsigned threads, alive, waiting, waiting_some, yields;
     unsigned char *shared;
     unsigned shared_len;
     void (*run)(const void *);
@@ -138,7 +138,7 @@ void prepare(Fiber &fiber) {
 
 void run_block(Device *d, bool downwards) {
     d->alive = d->threads;
-    d->waiting = 0;
+    d->waiting = d->waiting_some = d->yields = 0;
     for (unsigned w = 0; w < d->threads / WARP; w++) d->warps[w].alive = WARP, d->warps[w].waiting = 0;
     memset(d->shared, 0xFF, d->shared_len);
     for (unsigned i = 0; i < d->threads; i++) prepare(d->fibers[i]);
@@ -154,6 +154,7 @@ void run_block(Device *d, bool downwards) {
 #else
             swapcontext(&d->scheduler, &fiber.context);
 #endif
+            if (d->failure != nullptr) return;
         }
         if (!moved) {
             d->failure = "threads of a block wait at different barriers";
@@ -175,6 +176,24 @@ void sync_block() {
     d->waiting++;
     release_block(d);
     if (d->current->state == AT_BLOCK) to_scheduler(d);
+}
+
+void sync_some(unsigned threads) {
+    Device *d = device;
+    d->current->state = AT_SOME;
+    if (++d->waiting_some == threads) {
+        for (unsigned i = 0; i < d->threads; i++)
+            if (d->fibers[i].state == AT_SOME) d->fibers[i].state = READY;
+        d->waiting_some = 0;
+    } else {
+        to_scheduler(d);
+    }
+}
+
+void yield() {
+    Device *d = device;
+    if (++d->yields > MOST_YIELDS) d->failure = "threads of a block wait for what nobody does";
+    to_scheduler(d);
 }
 
 const void *exchange(const void *value, unsigned size, unsigned source) {

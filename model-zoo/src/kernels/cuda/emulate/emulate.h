@@ -38,9 +38,39 @@ struct Place {
 const Place &place();
 unsigned char *shared();
 void sync_block();
+// Waits until `threads` threads are here, whatever the block's others do.
+void sync_some(unsigned threads);
+// Lets the block's other threads go on.
+void yield();
 // Hands `value` of `size` bytes to the other lanes of the warp, waits for theirs, and returns lane `source`'s. What it
 // points to stays until the lane's second next exchange.
 const void *exchange(const void *value, unsigned size, unsigned source);
+
+// A barrier in memory: arrivals that a phase takes, those still to come, announced bytes still to come, and the phase.
+struct BarrierState {
+    uint8_t count, pending;
+    uint16_t phase;
+    uint32_t bytes;
+};
+inline BarrierState &barrier(uint64_t &state) { return reinterpret_cast<BarrierState &>(state); }
+inline void barrier_turn(BarrierState &b) {
+    if (b.pending == 0 && b.bytes == 0) b.pending = b.count, b.phase ^= 1;
+}
+inline void barrier_init(uint64_t &state, uint32_t count) {
+    barrier(state) = {static_cast<uint8_t>(count), static_cast<uint8_t>(count), 0, 0};
+}
+inline void barrier_arrive(uint64_t &state, uint32_t bytes) {
+    BarrierState &b = barrier(state);
+    b.bytes += bytes;
+    b.pending--;
+    barrier_turn(b);
+}
+inline void barrier_copied(uint64_t &state, uint32_t bytes) {
+    BarrierState &b = barrier(state);
+    b.bytes -= bytes;
+    barrier_turn(b);
+}
+inline bool barrier_ended(uint64_t &state, uint32_t parity) { return barrier(state).phase != parity; }
 
 // A kernel by name.
 struct Entry {

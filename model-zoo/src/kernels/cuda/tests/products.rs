@@ -31,7 +31,7 @@ fn products_of_few_rows_equal_f64_loops() {
     for device in devices() {
         let device = &*device;
         for (seed, (tokens, rows, cols)) in
-            [(1, 16, 32), (3, 37, 72), (8, 51, 576), (9, 24, 1096), (17, 33, 40), (32, 7, 264)]
+            [(1, 16, 32), (3, 37, 72), (8, 51, 576), (7, 24, 1096), (5, 33, 40), (8, 7, 264)]
                 .into_iter()
                 .enumerate()
         {
@@ -146,9 +146,10 @@ fn a_token_gets_the_same_bits_whatever_is_beside_it() {
         skinny(device, &matrix, (Part::all(&x), tokens, norm), After::Float(Part::all(&out))).unwrap();
         read_floats(device, &out)
     };
-    let all = run(20, &(0..20).collect::<Vec<_>>());
-    for token in [0, 7, 8, 19] {
-        assert_eq!(run(1, &[token]), all[token as usize * rows..][..rows], "token {token}");
+    let index = [0, 3, 19, 7, 8, 2, 11, 5];
+    let all = run(8, &index);
+    for (i, token) in index.into_iter().enumerate() {
+        assert_eq!(run(1, &[token]), all[i * rows..][..rows], "token {token}");
     }
 }
 

@@ -1,0 +1,460 @@
+// A whole decode step of few tokens as one launch.
+//
+// As many blocks as the device has multiprocessors walk through the step's stages: joint products and attention, layer by
+// layer. Between two stages all blocks wait for each other, which takes about a microsecond. Memory does not rest
+// meanwhile: a thread of each block brings the weights of all stages, and the keys and values, in their order and as far
+// ahead as the block's memory has room. Stages do what the kernels of skinny.cuh and decode.cuh do, from the same parameters.
+#pragma once
+#include "async.cuh"
+#include "decode.cuh"
+#include "rows.cuh"
+#include "skinny.cuh"
+
+enum StageKind : uint32_t { STAGE_EMBED, STAGE_FLOAT, STAGE_ADD, STAGE_GATE, STAGE_PLACE, STAGE_ATTENTION };
+
+// What all blocks do together. Which fields count is the kind's.
+struct Stage {
+    uint32_t kind;
+    uint32_t tokens;       // of the embedding, items of attention
+    uint32_t head_groups;  // of attention: KV heads times sixteens of the query heads that share one
+    uint32_t splits;       // of attention: blocks that share the slots of one token at most
+    SkinnyParams skinny;
+    AttentionParams attention;
+    EmbedParams embed;
+    RotaryParams rotary;
+};
+
+struct alignas(64) TensorMap {
+    uint64_t words[16];
+};
+
+struct FusedParams {
+    const Stage *stages;
+    const TensorMap *maps;  // of each stage: the device's description of its weights
+    uint32_t *arrived;  // zero before the launch: how often blocks came to the end of a stage
+    uint32_t from, to;  // stages of this launch; all of them but where blocks cannot wait for each other
+    uint32_t room;      // bytes of the block's memory for activations or attention, a multiple of 1,024
+    uint32_t slots;     // pieces of weights that it has room for, up to FUSED_SLOTS
+    uint32_t ahead;     // up to `slots`: pieces that are under way at once, at most: more would only hold up what else is read
+    uint32_t pad;
+};
+
+constexpr unsigned FUSED_WARPS = 8, FUSED_THREADS = FUSED_WARPS * 32 + 32, FUSED_TOKENS = SKINNY_TOKENS, FUSED_SLOTS = 12;
+// A piece of weights is a tile of sixteen rows and so many columns.
+constexpr uint32_t PIECE_COLS = 64 * TILE_GROUPS, PIECE = TILE_BYTES / 2;
+// Values between two rows of activations in the block's memory: half a line of the banks more than a row.
+DEVICE uint32_t normed_stride(uint32_t cols) { return (cols + 63) / 64 * 64 + 32; }
+
+DEVICE bool is_product(uint32_t kind) { return kind >= STAGE_FLOAT && kind <= STAGE_PLACE; }
+
+// What a block's memory begins with; then `room` bytes, then the pieces.
+struct FusedMemory {
+    Stage stages[2];                                           // this one and the next
+    float parts[2][FUSED_WARPS][FUSED_TOKENS][SKINNY_STRIDE];  // of two tiles in turn
+    float squares[FUSED_WARPS][FUSED_TOKENS];
+    PlaceTarget targets[FUSED_TOKENS];
+    Barrier full[FUSED_SLOTS], empty[FUSED_SLOTS];
+};
+constexpr uint32_t FUSED_MEMORY = 12 * 1024;
+static_assert(sizeof(FusedMemory) <= FUSED_MEMORY, "fused.rs counts on it");
+
+// Where all blocks of the grid meet between two stages.
+struct Meeting {
+    uint32_t *arrived, count;
+
+    DEVICE void await() const { ::await<FUSED_WARPS>(arrived, count); }
+    DEVICE void arrive() const { ::arrive<FUSED_WARPS>(arrived); }
+};
+
+// The pieces, in the order in which they are filled and used.
+struct Ring {
+    FusedMemory &memory;
+    bf16 *pieces;
+    uint32_t slots, slot, phase;
+
+    DEVICE bf16 *piece() const { return pieces + slot * PIECE; }
+    DEVICE void next() {
+        if (++slot == slots) slot = 0, phase ^= 1;
+    }
+};
+
+// A block's share of the attention of one token. Slots that lay there before the step come through the ring, in units of
+// sixteen; of the others, the last unit's, each warp reads what it needs itself.
+template <int D>
+struct FusedJob {
+    static constexpr uint32_t UNIT = 2 * 16 * D, UNITS = PIECE / UNIT;  // values of a unit, and units of a piece
+
+    Item item;
+    uint32_t head_group, kv_head, head0, heads, split, splits;
+    uint32_t begin, end;          // slots that are seen
+    uint32_t first, last, whole;  // units; those before `whole` are in the ring
+    const uint32_t *table;
+    bool idle;
+
+    DEVICE void read(const Stage &stage, uint32_t index) {
+        const AttentionParams &p = stage.attention;
+        const uint32_t at = index / stage.splits;
+        split = index % stage.splits, head_group = at % stage.head_groups;
+        item = load_global<Item>(p.items + at / stage.head_groups);
+        idle = item.row == NO_ROW;
+        if (idle) return;
+        const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, tile = head_group % tiles;
+        kv_head = head_group / tiles;
+        head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
+        const uint32_t held = load_global<uint32_t>(p.kv_len + item.row);
+        table = p.tables + load_global<uint32_t>(p.starts + item.row);
+        end = held + item.first + 1;
+        begin = p.window != 0 && end > p.window ? end - p.window : 0;
+        // Few slots are not worth many blocks: what joins them costs more.
+        const uint32_t units = (end + 15) / 16 - begin / 16, most = min(stage.splits, (units + 7) / 8);
+        const uint32_t share = (units + most - 1) / most;
+        splits = (units + share - 1) / share;
+        idle = split >= splits;
+        first = begin / 16 + split * share, last = min(first + share, begin / 16 + units);
+        whole = max(first, min(last, held / 16));
+    }
+    DEVICE const bf16 *keys(const AttentionParams &p, uint32_t unit) const {
+        const size_t page = load_global<uint32_t>(table + unit);
+        return p.pages + (page * 2 * p.kv_heads + kv_head) * 16 * D;
+    }
+    DEVICE static size_t to_values(const AttentionParams &p) { return static_cast<size_t>(p.kv_heads) * 16 * D; }
+};
+
+// Brings the slots of the block's share of attention that lay there before the step.
+template <int D, class Next>
+DEVICE void fused_fill_slots(const Stage &stage, Next next) {
+    using Job = FusedJob<D>;
+    const AttentionParams &p = stage.attention;
+    for (uint32_t i = blockIdx.x; i < stage.tokens * stage.head_groups * stage.splits; i += gridDim.x) {
+        Job job = {};
+        job.read(stage, i);
+        if (job.idle) continue;
+        for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS) {
+            const uint32_t count = min(Job::UNITS, job.whole - unit);
+            next(count * Job::UNIT * 2, [&](Barrier &full, bf16 *piece) {
+                for (uint32_t u = 0; u < count; u++) {
+                    const bf16 *keys = job.keys(p, unit + u);
+                    full.copy(piece + u * Job::UNIT, keys, Job::UNIT);
+                    full.copy(piece + u * Job::UNIT + 16 * D, keys + Job::to_values(p), Job::UNIT);
+                }
+            });
+        }
+    }
+}
+
+// Brings all weights of the block's tiles and all of its slots, stage by stage, in the order in which they are used.
+template <int D>
+DEVICE void fused_fill(const FusedParams &p, Ring ring) {
+    // The oldest piece that may still be under way, and how many were asked for.
+    Ring oldest = ring;
+    uint32_t asked = 0;
+    auto next = [&](uint32_t bytes, auto copy) {
+        if (++asked > p.ahead) {
+            ring.memory.full[oldest.slot].wait(oldest.phase);
+            oldest.next();
+        }
+        ring.memory.empty[ring.slot].wait(ring.phase ^ 1);
+        ring.memory.full[ring.slot].announce(bytes);
+        copy(ring.memory.full[ring.slot], ring.piece());
+        ring.next();
+    };
+    for (uint32_t s = p.from; s < p.to; s++) {
+        const Stage &stage = p.stages[s];
+        if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D>(stage, next);
+        if (!is_product(stage.kind)) continue;
+        const TiledMatrix matrix = {p.maps + s, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
+        for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
+            for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS)
+                next(TILE_BYTES, [&](Barrier &full, bf16 *piece) { full.copy(piece, matrix, row, group); });
+    }
+}
+
+// Norms up to `TOKENS` tokens of the stage, but for the factor of each, which `squares` leads to.
+template <uint32_t TOKENS>
+DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
+    // Columns of a round: as many loads as a thread has under way without waiting.
+    constexpr uint32_t FOURS = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1, STEP = FUSED_WARPS * 32 * 4;
+    const uint32_t stride = normed_stride(p.cols);
+    const float *x[TOKENS];
+    float sums[TOKENS];
+#pragma unroll
+    for (uint32_t token = 0; token < TOKENS; token++) {
+        const uint32_t own = min(token, p.tokens - 1), at = p.index != nullptr ? p.index[own] : own;
+        x[token] = static_cast<const float *>(p.x) + static_cast<size_t>(at) * p.cols;
+        sums[token] = 0.0f;
+    }
+    for (uint32_t base = threadIdx.x * 4; base < p.cols; base += STEP * FOURS) {
+        float4 a[FOURS][TOKENS], b[FOURS];
+#pragma unroll
+        for (uint32_t four = 0; four < FOURS; four++) {
+            // Past the end the first columns stand in, and count for nothing.
+            const uint32_t i = base + four * STEP, at = i < p.cols ? i : 0;
+            b[four] = load_global<float4>(p.norm + at);
+#pragma unroll
+            for (uint32_t token = 0; token < TOKENS; token++) a[four][token] = load_global<float4>(x[token] + at);
+        }
+#pragma unroll
+        for (uint32_t four = 0; four < FOURS; four++) {
+            const uint32_t i = base + four * STEP;
+            const float4 w = b[four];
+#pragma unroll
+            for (uint32_t token = 0; token < TOKENS; token++) {
+                const float4 v = a[four][token];
+                if (i >= p.cols) continue;
+                sums[token] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+                *reinterpret_cast<uint2 *>(normed + token * stride + i) =
+                    make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t token = 0; token < TOKENS; token++) {
+        const float sum = lanes_sum<1, 32>(sums[token]);
+        if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32][token] = sum;
+    }
+    sync_warps<FUSED_WARPS>();
+}
+
+// Brings dense activations to the block's memory.
+DEVICE void fused_stage(const SkinnyParams &p, bf16 *staged) {
+    const uint32_t stride = normed_stride(p.cols), eights = p.cols / 8;
+    const uint4 *x = static_cast<const uint4 *>(p.x);
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < p.tokens * eights; i += FUSED_WARPS * 32)
+        *reinterpret_cast<uint4 *>(staged + i / eights * stride + i % eights * 8) = load_global<uint4>(x + i);
+    sync_warps<FUSED_WARPS>();
+}
+
+// A piece of weights times the activations of a token from the piece's first column on, which `x` loads by column; even
+// and odd products gather apart, for they wait for each other.
+template <class Load>
+DEVICE void fused_piece(float (&c)[2][4], const bf16 *piece, uint32_t cols, Load x) {
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (uint32_t ahead = 0; ahead < PIECE_COLS; ahead += FUSED_WARPS * 32) {
+        const uint32_t base = threadIdx.x / 32 * 32 + ahead;
+        if (base >= cols) break;
+        const uint4 a = load<uint4>(piece + tile_place(g, base + 8 * t));
+        const uint4 b = load<uint4>(piece + tile_place(g + 8, base + 8 * t)), v = x(base + 8 * t);
+        mma(c[0], {a.x, b.x, a.y, b.y}, {v.x, v.y});
+        mma(c[1], {a.z, b.z, a.w, b.w}, {v.z, v.w});
+    }
+}
+
+// A thread's pair of outputs of a tile, `row` and `row + 8`, of one token.
+struct Pair {
+    uint32_t token, step_token, row;
+    float2 ahead;  // what it needs from memory: the sums that it adds to, or how it turns
+};
+
+// The thread's pair, and what it needs, ahead of the product.
+DEVICE Pair fused_pair(const Stage &stage, uint32_t tile) {
+    const SkinnyParams &p = stage.skinny;
+    Pair pair = {threadIdx.x / 8, 0, tile * 16 + threadIdx.x % 8, make_float2(0.0f, 0.0f)};
+    if (pair.token >= p.tokens) return pair;
+    pair.step_token = p.index != nullptr ? p.index[pair.token] : pair.token;
+    if (stage.kind == STAGE_PLACE) {
+        pair.ahead = place_turn(p.place, pair.step_token, pair.row);
+    } else if (stage.kind == STAGE_ADD) {
+        const float *out = static_cast<const float *>(p.out) + static_cast<size_t>(pair.step_token) * p.rows + pair.row;
+        if (pair.row < p.rows) pair.ahead.x = out[0];
+        if (pair.row + 8 < p.rows) pair.ahead.y = out[8];
+    }
+    return pair;
+}
+
+// Joins the warps' parts of a tile, and does what follows the product.
+DEVICE void fused_finish(const Stage &stage, const FusedMemory &memory, uint32_t turn, const Pair &pair) {
+    const SkinnyParams &p = stage.skinny;
+    const uint32_t token = pair.token, row = pair.row, j = threadIdx.x % 8;
+    if (token >= p.tokens) return;
+    float a = 0.0f, b = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (uint32_t w = 0; w < FUSED_WARPS; w++) {
+        a += memory.parts[turn][w][token][j];
+        b += memory.parts[turn][w][token][j + 8];
+        sum += memory.squares[w][token];
+    }
+    if (p.norm != nullptr) {
+        const float scale = rsqrtf(sum / p.cols + p.eps);
+        a *= scale, b *= scale;
+    }
+    if (p.bias != nullptr) {
+        if (row < p.rows) a += p.bias[row];
+        if (row + 8 < p.rows) b += p.bias[row + 8];
+    }
+    if (stage.kind == STAGE_ADD) {
+        float *out = static_cast<float *>(p.out) + static_cast<size_t>(pair.step_token) * p.rows + row;
+        if (row < p.rows) out[0] = pair.ahead.x + a;
+        if (row + 8 < p.rows) out[8] = pair.ahead.y + b;
+    } else if (stage.kind == STAGE_PLACE) {
+        place_pair(p.place, memory.targets[token], pair.ahead, token, row, a, b);
+    } else if (stage.kind == STAGE_GATE) {
+        Gate::pair(p, token, pair.step_token, row, a, b);
+    } else {
+        StoreFloat::pair(p, token, pair.step_token, row, a, b);
+    }
+}
+
+// The block's tiles of a product, and what follows it. `x` loads eight activations of the lane's token by their column.
+template <class Load>
+DEVICE void fused_tiles(const Stage &stage, Ring &ring, Load x) {
+    FusedMemory &memory = ring.memory;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t cols = stage.skinny.cols, rows = stage.skinny.rows;
+    uint32_t turn = 0;
+    for (uint32_t tile = blockIdx.x; tile * 16 < rows; tile += gridDim.x, turn ^= 1) {
+        const Pair pair = fused_pair(stage, tile);
+        float c[2][4] = {};
+        for (uint32_t base = 0; base < cols; base += PIECE_COLS, ring.next()) {
+            memory.full[ring.slot].wait(ring.phase);
+            fused_piece(c, ring.piece(), min(PIECE_COLS, cols - base), [&](uint32_t column) { return x(base + column); });
+            __syncwarp();
+            if (lane == 0) memory.empty[ring.slot].arrive();
+        }
+        float *part = &memory.parts[turn][warp][2 * t][g];
+        part[0] = c[0][0] + c[1][0];
+        part[SKINNY_STRIDE] = c[0][1] + c[1][1];
+        part[8] = c[0][2] + c[1][2];
+        part[SKINNY_STRIDE + 8] = c[0][3] + c[1][3];
+        // The parts of the tile before this one are read before this barrier, those of the one before that were.
+        sync_warps<FUSED_WARPS>();
+        fused_finish(stage, memory, turn, pair);
+    }
+}
+
+// A product and what follows it.
+DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t room) {
+    const SkinnyParams &p = stage.skinny;
+    if (blockIdx.x * 16 >= p.rows) return;
+    // Where there is no token the last one stands in: nobody looks at its result.
+    const uint32_t cols = p.cols, token = min(threadIdx.x % 32 / 4, p.tokens - 1), stride = normed_stride(cols);
+    // Activations that are read often, or that are to be normed, are brought close first.
+    const bool norms = p.norm != nullptr;
+    if (norms || (cols >= 2048 && 2 * p.tokens * stride <= room)) {
+        if (!norms) fused_stage(p, staged);
+        else if (p.tokens == 1) fused_norm<1>(p, staged, ring.memory.squares);
+        else if (p.tokens == 2) fused_norm<2>(p, staged, ring.memory.squares);
+        else if (p.tokens <= 4) fused_norm<4>(p, staged, ring.memory.squares);
+        else fused_norm<8>(p, staged, ring.memory.squares);
+        fused_tiles(stage, ring, [&](uint32_t column) { return load<uint4>(staged + token * stride + column); });
+    } else {
+        const bf16 *x = static_cast<const bf16 *>(p.x) + static_cast<size_t>(token) * cols;
+        fused_tiles(stage, ring, [&](uint32_t column) { return load_global<uint4>(x + column); });
+    }
+}
+
+// Attention, block by block of the decode kernel's grid.
+template <int D>
+DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const Meeting &meeting) {
+    using Job = FusedJob<D>;
+    const AttentionParams &p = stage.attention;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t all = stage.tokens * stage.head_groups * stage.splits;
+    uint32_t i = blockIdx.x;
+    Job job = {};
+    // Before the stage before this one has ended everywhere: no kernel writes what this reads.
+    if (i < all) job.read(stage, i);
+    meeting.await();
+    for (; i < all; i += gridDim.x) {
+        if (i != blockIdx.x) job.read(stage, i);
+        if (job.idle) continue;
+        Queries<D> q;
+        const bf16 *own = p.q + (static_cast<size_t>(job.item.token) * p.heads + job.head0) * D;
+        q.load_rows([&](uint32_t row) { return row < job.heads ? own + row * D : nullptr; });
+        DecodeWarp<D> state;
+        state.clear();
+        for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {
+            ring.memory.full[ring.slot].wait(ring.phase);
+            const uint32_t end = min(unit + Job::UNITS, job.whole);
+            // Units go to the warps in turn.
+            for (uint32_t mine = unit + (warp + FUSED_WARPS - (unit - job.first) % FUSED_WARPS) % FUSED_WARPS; mine < end;
+                 mine += FUSED_WARPS) {
+                const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
+                state.score(q, [&](int n, int step) {
+                    const bf16 *key = keys + (4 * (g / 2) + g % 2 + 2 * n) * D;
+                    if constexpr (D % 32 == 0) return load<uint2>(key + step / 2 * 32 + 8 * t + step % 2 * 4);
+                    else return load<uint2>(key + 16 * step + 4 * t);
+                });
+                state.add([&](int n) { return load<uint2>(values + (8 * n + g) * 16 + 4 * t); }, mine * 16, job.begin,
+                          job.end, p.scale);
+            }
+            __syncwarp();
+            if (lane == 0) ring.memory.empty[ring.slot].arrive();
+        }
+        for (uint32_t unit = job.whole; unit < job.last; unit++) {
+            if ((unit - job.first) % FUSED_WARPS != warp) continue;
+            Unit<D> slots;
+            const bf16 *keys = job.keys(p, unit);
+            slots.fetch_keys(keys);
+            slots.fetch_values(keys + Job::to_values(p), 16);
+            state.score(q, [&](int n, int step) { return slots.k[n][step]; });
+            state.add([&](int n) { return slots.v[n]; }, unit * 16, job.begin, job.end, p.scale);
+        }
+        const DecodeShare share = {i / stage.splits / stage.head_groups, job.item.token, job.head_group, job.head0, job.heads,
+                                   job.split, job.splits, stage.splits};
+        decode_join<D, FUSED_WARPS>(p, share, state, room);
+        sync_warps<FUSED_WARPS>();
+    }
+}
+
+// Embeddings and angles: an element a thread.
+DEVICE void fused_embed(const Stage &stage) {
+    const EmbedParams &e = stage.embed;
+    const RotaryParams &r = stage.rotary;
+    const uint32_t all = gridDim.x * FUSED_WARPS * 32, first = blockIdx.x * FUSED_WARPS * 32 + threadIdx.x;
+    for (uint32_t i = first; i < stage.tokens * e.width; i += all) embed_one(e, i / e.width, i % e.width);
+    for (uint32_t i = first; i < stage.tokens * r.half; i += all) rotary_one(r, i / r.half, i % r.half);
+}
+
+// By the block's last warps: its first one waits for other blocks.
+DEVICE void copy_stage(Stage &to, const Stage *from) {
+    for (uint32_t i = FUSED_WARPS * 32 - 1 - threadIdx.x; i < sizeof(Stage) / 4; i += FUSED_WARPS * 32)
+        reinterpret_cast<uint32_t *>(&to)[i] = reinterpret_cast<const uint32_t *>(from)[i];
+}
+
+template <int D>
+DEVICE void fused_step(const FusedParams &p) {
+    SHARED(unsigned char, bytes);
+    FusedMemory &memory = *reinterpret_cast<FusedMemory *>(bytes);
+    unsigned char *room = bytes + FUSED_MEMORY;
+    Ring ring = {memory, reinterpret_cast<bf16 *>(room + p.room), p.slots, 0, 0};
+    if (threadIdx.x < p.slots) {
+        memory.full[threadIdx.x].init(1);
+        memory.empty[threadIdx.x].init(FUSED_WARPS);
+    }
+    __syncthreads();
+    if (threadIdx.x / 32 == FUSED_WARPS) {
+        if (threadIdx.x % 32 == 0) fused_fill<D>(p, ring);
+        return;
+    }
+    copy_stage(memory.stages[p.from % 2], p.stages + p.from);
+    sync_warps<FUSED_WARPS>();
+    for (uint32_t s = p.from; s < p.to; s++) {
+        const Stage &stage = memory.stages[s % 2];
+        const Meeting meeting = {p.arrived, (s - p.from) * gridDim.x};
+        // Nobody reads the stage before this one any more: all warps have met since.
+        if (s + 1 < p.to) copy_stage(memory.stages[(s + 1) % 2], p.stages + s + 1);
+        if (stage.kind == STAGE_ATTENTION) {
+            fused_attention<D>(stage, ring, reinterpret_cast<float *>(room), meeting);
+        } else {
+            const SkinnyParams &product = stage.skinny;
+            if (stage.kind == STAGE_PLACE && threadIdx.x < product.tokens)
+                memory.targets[threadIdx.x] =
+                    place_target(product.place, product.index != nullptr ? product.index[threadIdx.x] : threadIdx.x);
+            meeting.await();
+            if (stage.kind == STAGE_EMBED) fused_embed(stage);
+            else fused_product(stage, ring, reinterpret_cast<bf16 *>(room), p.room);
+        }
+        if (s + 1 < p.to) meeting.arrive();
+    }
+}
+
+#define FUSED(D) \
+    KERNEL(fused_step_##D, FusedParams, FUSED_THREADS, 1) { fused_step<D>(p); }
+
+FUSED(16)
+FUSED(32)
+FUSED(64)
+FUSED(96)
+FUSED(128)
