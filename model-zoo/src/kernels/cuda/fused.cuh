@@ -39,7 +39,7 @@ struct FusedParams {
     uint32_t pad;
 };
 
-constexpr unsigned FUSED_WARPS = 8, FUSED_THREADS = FUSED_WARPS * 32 + 32, FUSED_TOKENS = SKINNY_TOKENS, FUSED_SLOTS = 12;
+constexpr unsigned FUSED_WARPS = 8, FUSED_THREADS = FUSED_WARPS * 32 + 32, FUSED_TOKENS = 32, FUSED_SLOTS = 12;
 // A piece of weights is a tile of sixteen rows and so many columns.
 constexpr uint32_t PIECE_COLS = 64 * TILE_GROUPS, PIECE = TILE_BYTES / 2;
 // Values between two rows of activations in the block's memory: half a line of the banks more than a row.
@@ -55,7 +55,7 @@ struct FusedMemory {
     PlaceTarget targets[FUSED_TOKENS];
     Barrier full[FUSED_SLOTS], empty[FUSED_SLOTS];
 };
-constexpr uint32_t FUSED_MEMORY = 12 * 1024;
+constexpr uint32_t FUSED_MEMORY = 43 * 1024;
 static_assert(sizeof(FusedMemory) <= FUSED_MEMORY, "fused.rs counts on it");
 
 // Where all blocks of the grid meet between two stages.
@@ -169,9 +169,9 @@ DEVICE void fused_fill(const FusedParams &p, Ring ring) {
     }
 }
 
-// Norms up to `TOKENS` tokens of the stage, but for the factor of each, which `squares` leads to.
+// Norms up to `TOKENS` tokens of the stage from the `first` one on, but for the factor of each, which `squares` leads to.
 template <uint32_t TOKENS>
-DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
+DEVICE void fused_norm(const SkinnyParams &p, uint32_t first, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
     // Columns of a round: as many loads as a thread has under way without waiting.
     constexpr uint32_t FOURS = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1, STEP = FUSED_WARPS * 32 * 4;
     const uint32_t stride = normed_stride(p.cols);
@@ -179,7 +179,7 @@ DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUS
     float sums[TOKENS];
 #pragma unroll
     for (uint32_t token = 0; token < TOKENS; token++) {
-        const uint32_t own = min(token, p.tokens - 1), at = p.index != nullptr ? p.index[own] : own;
+        const uint32_t own = min(first + token, p.tokens - 1), at = p.index != nullptr ? p.index[own] : own;
         x[token] = static_cast<const float *>(p.x) + static_cast<size_t>(at) * p.cols;
         sums[token] = 0.0f;
     }
@@ -202,7 +202,7 @@ DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUS
                 const float4 v = a[four][token];
                 if (i >= p.cols) continue;
                 sums[token] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                *reinterpret_cast<uint2 *>(normed + token * stride + i) =
+                *reinterpret_cast<uint2 *>(normed + (first + token) * stride + i) =
                     make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
             }
         }
@@ -210,8 +210,15 @@ DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUS
 #pragma unroll
     for (uint32_t token = 0; token < TOKENS; token++) {
         const float sum = lanes_sum<1, 32>(sums[token]);
-        if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32][token] = sum;
+        if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32][first + token] = sum;
     }
+}
+
+DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
+    if (p.tokens == 1) fused_norm<1>(p, 0, normed, squares);
+    else if (p.tokens == 2) fused_norm<2>(p, 0, normed, squares);
+    else
+        for (uint32_t first = 0; first < p.tokens; first += 4) fused_norm<4>(p, first, normed, squares);
     sync_warps<FUSED_WARPS>();
 }
 
@@ -225,19 +232,23 @@ DEVICE void fused_stage(const SkinnyParams &p, bf16 *staged) {
     sync_warps<FUSED_WARPS>();
 }
 
-// A piece of weights times the activations of a token from the piece's first column on, which `x` loads by column; even
-// and odd products gather apart, for they wait for each other.
-template <class Load>
-DEVICE void fused_piece(float (&c)[2][4], const bf16 *piece, uint32_t cols, Load x) {
+// A piece of weights times the activations of tokens from the piece's first column on, which `x` loads by tile of eight
+// tokens and column; even and odd products gather apart, for they wait for each other.
+template <uint32_t TILES, class Load>
+DEVICE void fused_piece(float (&c)[TILES][2][4], const bf16 *piece, uint32_t cols, Load x) {
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (uint32_t ahead = 0; ahead < PIECE_COLS; ahead += FUSED_WARPS * 32) {
         const uint32_t base = threadIdx.x / 32 * 32 + ahead;
         if (base >= cols) break;
         const uint4 a = load<uint4>(piece + tile_place(g, base + 8 * t));
-        const uint4 b = load<uint4>(piece + tile_place(g + 8, base + 8 * t)), v = x(base + 8 * t);
-        mma(c[0], {a.x, b.x, a.y, b.y}, {v.x, v.y});
-        mma(c[1], {a.z, b.z, a.w, b.w}, {v.z, v.w});
+        const uint4 b = load<uint4>(piece + tile_place(g + 8, base + 8 * t));
+#pragma unroll
+        for (uint32_t tile = 0; tile < TILES; tile++) {
+            const uint4 v = x(tile, base + 8 * t);
+            mma(c[tile][0], {a.x, b.x, a.y, b.y}, {v.x, v.y});
+            mma(c[tile][1], {a.z, b.z, a.w, b.w}, {v.z, v.w});
+        }
     }
 }
 
@@ -248,9 +259,9 @@ struct Pair {
 };
 
 // The thread's pair, and what it needs, ahead of the product.
-DEVICE Pair fused_pair(const Stage &stage, uint32_t tile) {
+DEVICE Pair fused_pair(const Stage &stage, uint32_t row) {
     const SkinnyParams &p = stage.skinny;
-    Pair pair = {threadIdx.x / 8, 0, tile * 16 + threadIdx.x % 8, make_float2(0.0f, 0.0f)};
+    Pair pair = {threadIdx.x / 8, 0, row + threadIdx.x % 8, make_float2(0.0f, 0.0f)};
     if (pair.token >= p.tokens) return pair;
     pair.step_token = p.index != nullptr ? p.index[pair.token] : pair.token;
     if (stage.kind == STAGE_PLACE) {
@@ -296,30 +307,55 @@ DEVICE void fused_finish(const Stage &stage, const FusedMemory &memory, uint32_t
     }
 }
 
-// The block's tiles of a product, and what follows it. `x` loads eight activations of the lane's token by their column.
-template <class Load>
+// The block's tiles of a product, and what follows it. `x` loads eight activations of the lane's token in a tile of eight
+// tokens, by their column.
+template <uint32_t TILES, class Load>
 DEVICE void fused_tiles(const Stage &stage, Ring &ring, Load x) {
     FusedMemory &memory = ring.memory;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t cols = stage.skinny.cols, rows = stage.skinny.rows;
     uint32_t turn = 0;
-    for (uint32_t tile = blockIdx.x; tile * 16 < rows; tile += gridDim.x, turn ^= 1) {
-        const Pair pair = fused_pair(stage, tile);
-        float c[2][4] = {};
+    for (uint32_t row = blockIdx.x * 16; row < rows; row += gridDim.x * 16, turn ^= 1) {
+        const Pair pair = fused_pair(stage, row);
+        float c[TILES][2][4] = {};
         for (uint32_t base = 0; base < cols; base += PIECE_COLS, ring.next()) {
             memory.full[ring.slot].wait(ring.phase);
-            fused_piece(c, ring.piece(), min(PIECE_COLS, cols - base), [&](uint32_t column) { return x(base + column); });
+            fused_piece<TILES>(c, ring.piece(), min(PIECE_COLS, cols - base),
+                               [&](uint32_t tile, uint32_t column) { return x(tile, base + column); });
             __syncwarp();
             if (lane == 0) memory.empty[ring.slot].arrive();
         }
-        float *part = &memory.parts[turn][warp][2 * t][g];
-        part[0] = c[0][0] + c[1][0];
-        part[SKINNY_STRIDE] = c[0][1] + c[1][1];
-        part[8] = c[0][2] + c[1][2];
-        part[SKINNY_STRIDE + 8] = c[0][3] + c[1][3];
-        // The parts of the tile before this one are read before this barrier, those of the one before that were.
+#pragma unroll
+        for (uint32_t tile = 0; tile < TILES; tile++) {
+            float *part = &memory.parts[turn][warp][8 * tile + 2 * t][g];
+            part[0] = c[tile][0][0] + c[tile][1][0];
+            part[SKINNY_STRIDE] = c[tile][0][1] + c[tile][1][1];
+            part[8] = c[tile][0][2] + c[tile][1][2];
+            part[SKINNY_STRIDE + 8] = c[tile][0][3] + c[tile][1][3];
+        }
+        // The parts of the rows before these are read before this barrier, those of the ones before them were.
         sync_warps<FUSED_WARPS>();
         fused_finish(stage, memory, turn, pair);
+    }
+}
+
+template <uint32_t TILES>
+DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, bool close) {
+    const SkinnyParams &p = stage.skinny;
+    const uint32_t g = threadIdx.x % 32 / 4, cols = p.cols, most = p.tokens - 1;
+    // Where there is no token the last one stands in: nobody looks at its result.
+    if (close) {
+        const uint32_t stride = normed_stride(cols);
+        const bf16 *x[TILES];
+#pragma unroll
+        for (uint32_t tile = 0; tile < TILES; tile++) x[tile] = staged + min(8 * tile + g, most) * stride;
+        fused_tiles<TILES>(stage, ring, [&](uint32_t tile, uint32_t column) { return load<uint4>(x[tile] + column); });
+    } else {
+        const bf16 *x[TILES];
+#pragma unroll
+        for (uint32_t tile = 0; tile < TILES; tile++)
+            x[tile] = static_cast<const bf16 *>(p.x) + static_cast<size_t>(min(8 * tile + g, most)) * cols;
+        fused_tiles<TILES>(stage, ring, [&](uint32_t tile, uint32_t column) { return load_global<uint4>(x[tile] + column); });
     }
 }
 
@@ -327,21 +363,13 @@ DEVICE void fused_tiles(const Stage &stage, Ring &ring, Load x) {
 DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t room) {
     const SkinnyParams &p = stage.skinny;
     if (blockIdx.x * 16 >= p.rows) return;
-    // Where there is no token the last one stands in: nobody looks at its result.
-    const uint32_t cols = p.cols, token = min(threadIdx.x % 32 / 4, p.tokens - 1), stride = normed_stride(cols);
     // Activations that are read often, or that are to be normed, are brought close first.
-    const bool norms = p.norm != nullptr;
-    if (norms || (cols >= 2048 && 2 * p.tokens * stride <= room)) {
-        if (!norms) fused_stage(p, staged);
-        else if (p.tokens == 1) fused_norm<1>(p, staged, ring.memory.squares);
-        else if (p.tokens == 2) fused_norm<2>(p, staged, ring.memory.squares);
-        else if (p.tokens <= 4) fused_norm<4>(p, staged, ring.memory.squares);
-        else fused_norm<8>(p, staged, ring.memory.squares);
-        fused_tiles(stage, ring, [&](uint32_t column) { return load<uint4>(staged + token * stride + column); });
-    } else {
-        const bf16 *x = static_cast<const bf16 *>(p.x) + static_cast<size_t>(token) * cols;
-        fused_tiles(stage, ring, [&](uint32_t column) { return load_global<uint4>(x + column); });
-    }
+    const bool norms = p.norm != nullptr, close = norms || (p.cols >= 2048 && 2 * p.tokens * normed_stride(p.cols) <= room);
+    if (norms) fused_norm(p, staged, ring.memory.squares);
+    else if (close) fused_stage(p, staged);
+    if (p.tokens <= 8) fused_product<1>(stage, ring, staged, close);
+    else if (p.tokens <= 16) fused_product<2>(stage, ring, staged, close);
+    else fused_product<4>(stage, ring, staged, close);
 }
 
 // Attention, block by block of the decode kernel's grid.

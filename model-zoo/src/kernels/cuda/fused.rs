@@ -5,14 +5,12 @@ use std::sync::Arc;
 
 use super::attention::{Attention, Items, join_memory};
 use super::device::{Buffer, Device, Graph, Launch, Part, TileMap};
-use super::ops::{
-    After, Heads, Matrix, Norm, SKINNY_TOKENS, Tokens, embed_params, need, rotary_params, skinny_params,
-};
+use super::ops::{After, Heads, Matrix, Norm, Tokens, embed_params, need, rotary_params, skinny_params};
 use super::params::{FusedParams, StageParams};
 use crate::{Result, ZooError};
 
 /// Most tokens of a step.
-pub const FUSED_TOKENS: usize = SKINNY_TOKENS;
+pub const FUSED_TOKENS: usize = 32;
 
 /// Slots of a page: units of sixteen are copied whole.
 pub const FUSED_BLOCK: usize = 16;
@@ -30,7 +28,7 @@ const KERNELS: [(usize, &str); 5] = [
 const WARPS: usize = 8;
 const THREADS: u32 = 32 * WARPS as u32 + 32;
 /// Bytes of a block's memory that have a fixed place (`FUSED_MEMORY`), and of a piece (`TILE_BYTES`).
-const FIXED: usize = 12 << 10;
+const FIXED: usize = 43 << 10;
 const PIECE: usize = 16 << 10;
 /// Most pieces of a block, and those that are under way at once: about what the memory's latency takes, so that what else
 /// is read does not wait behind them.

@@ -13,6 +13,7 @@ pub mod driver;
 pub mod emulated;
 pub mod fused;
 pub mod ops;
+mod page_tables;
 mod params;
 pub mod sampling;
 pub mod tables;

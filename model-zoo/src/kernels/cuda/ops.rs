@@ -313,6 +313,9 @@ pub fn skinny(
             return Err(ZooError::Device(format!("no kernel for {after:?} of rows normed: {normed}")));
         }
     };
+    if tokens.count > SKINNY_TOKENS {
+        return Err(ZooError::Device(format!("{} tokens for a kernel of {SKINNY_TOKENS}", tokens.count)));
+    }
     let params = skinny_params(matrix, (x, tokens, norm), after)?;
     let shared = 4 * 8 * SKINNY_TOKENS * (20 + 1);
     let blocks = if tokens.count == 0 { 0 } else { matrix.rows.div_ceil(16) as u32 };
@@ -327,9 +330,8 @@ pub(super) fn skinny_params(
 ) -> Result<SkinnyParams> {
     let Matrix { weight, bias, rows, cols } = *matrix;
     need("weights", weight, 2 * rows * cols)?;
-    if tokens.count > SKINNY_TOKENS || !cols.is_multiple_of(8) {
-        let count = tokens.count;
-        return Err(ZooError::Device(format!("{count} tokens of width {cols} for the kernel of few")));
+    if !cols.is_multiple_of(8) {
+        return Err(ZooError::Device(format!("weight rows of {cols} for a kernel that takes eights")));
     }
     if norm.is_none() {
         need("x", x, 2 * tokens.count * cols)?;

@@ -1,4 +1,4 @@
-//! A step as kernels read it: one array of words on the device, uploaded once a step.
+//! A step as kernels read it: one array of words on the device, uploaded once a step, and the pages of its rows.
 //!
 //! Every index that kernels follow is checked here, before it is uploaded: tokens against the vocabulary, pages against
 //! the pool, slots against the pages of their row.
@@ -6,6 +6,7 @@
 use super::attention::{ITEM_BYTES, Items};
 use super::device::{Buffer, Device, Part};
 use super::ops::Tokens;
+use super::page_tables::PageTables;
 use crate::compression::Sublayer;
 use crate::compression::route::{Active, Route};
 use crate::step::{LogitRows, StepBatch, StepRow};
@@ -46,6 +47,7 @@ pub struct Selection {
 pub struct StepTables {
     words: Vec<u32>,
     buffer: Option<Buffer>,
+    pages: PageTables,
     bounds: Bounds,
     /// Tokens, with padding.
     tokens: usize,
@@ -65,6 +67,7 @@ impl StepTables {
         Self {
             words: Vec::new(),
             buffer: None,
+            pages: PageTables::default(),
             bounds,
             tokens: 0,
             rows: 0,
@@ -94,6 +97,8 @@ impl StepTables {
         for (index, row) in batch.rows.iter().enumerate() {
             check(row, &self.bounds).map_err(|what| ZooError::Step(format!("row {index}: {what}")))?;
         }
+        let sizes = (self.bounds.num_pages, self.bounds.block_size);
+        self.pages.lay(batch, sizes, |row, layer| row.kv_len[layer] + active(row, layer))?;
         let count = batch.num_tokens();
         let actives = self.select(batch, route);
         self.uniform = batch.rows.iter().all(|row| row.tokens.len() == 1)
@@ -246,20 +251,16 @@ impl StepTables {
     }
 
     fn lay_pages(&mut self, batch: &StepBatch<'_>) {
-        let (lens, rows) = (self.by_layer(), self.rows);
-        let starts = lens + self.bounds.layers * rows;
-        let tables = self.words.len();
+        let (layers, rows) = (self.bounds.layers, self.rows);
+        let lens = self.by_layer();
+        let starts = lens + layers * rows;
         for (index, row) in batch.rows.iter().enumerate() {
-            for layer in 0..self.bounds.layers {
-                let slots = row.kv_len[layer] + active(row, layer);
+            for layer in 0..layers {
                 let place = layer * rows + index;
                 self.words[lens + place] = row.kv_len[layer] as u32;
-                self.words[starts + place] = (self.words.len() - tables) as u32;
-                let pages = &row.block_tables[layer][..slots.div_ceil(self.bounds.block_size)];
-                self.words.extend_from_slice(pages);
+                self.words[starts + place] = self.pages.start((index, layer), layers);
             }
         }
-        self.words.push(0);
     }
 
     /// Brings the step to the device. Says whether its memory moved: nothing captured before holds then.
@@ -276,7 +277,7 @@ impl StepTables {
         if let Some(buffer) = &self.buffer {
             device.upload(Part::all(buffer), bytes)?;
         }
-        Ok(moved)
+        Ok(self.pages.upload(device)? || moved)
     }
 
     fn part(&self, start: usize, words: usize) -> Result<Part> {
@@ -351,19 +352,8 @@ impl StepTables {
     pub fn pages(&self, layer: usize) -> Result<[Part; 3]> {
         let lens = self.by_layer() + layer * self.rows;
         let starts = lens + self.bounds.layers * self.rows;
-        let tables = self.tables_start();
-        let words = self.words.len() - tables;
-        // A captured step reads the pages of later ones by the same address.
-        let tables = self.part(tables, words)?;
+        let tables = self.pages.part()?;
         Ok([self.part(lens, self.rows)?, self.part(starts, self.rows)?, tables])
-    }
-
-    fn tables_start(&self) -> usize {
-        let lists = self.selections.iter().flatten().filter(|_| !self.uniform).map(|s| {
-            let index = s.index.map_or(0, |start| start + s.tokens);
-            index.max(s.single.0 + 4 * s.single.1).max(s.several.0 + 4 * s.several.1)
-        });
-        lists.max().unwrap_or(0).max(self.variable())
     }
 
     /// The tokens that run `sublayer` of `layer`.
@@ -414,15 +404,6 @@ fn check(row: &StepRow<'_>, bounds: &Bounds) -> Result<(), String> {
     let layers = bounds.layers;
     if row.kv_len.len() != layers || row.block_tables.len() != layers || row.plan.num_layers() != layers {
         return Err(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
-    }
-    for (layer, (table, &len)) in row.block_tables.iter().zip(row.kv_len).enumerate() {
-        let slots = len + active(row, layer);
-        if table.len() * bounds.block_size < slots {
-            return Err(format!("layer {layer} has {} pages for {slots} slots", table.len()));
-        }
-        if let Some(page) = table.iter().find(|&&page| page as usize >= bounds.num_pages) {
-            return Err(format!("page {page} is outside the pool"));
-        }
     }
     Ok(())
 }
