@@ -204,8 +204,9 @@ fn start_service(
     };
     let metrics = Arc::new(Metrics::new(&served, config.metrics_compat));
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    // Decoders run on the CPU's cores.
-    let meter = meter::open(&config.energy, meter::Device::Cpu);
+    let on_gpu = model.loaded.model.is_on_gpu();
+    let device = if on_gpu { meter::Device::Gpu } else { meter::Device::Cpu };
+    let meter = meter::open(&config.energy, device);
     // The image encoder gets half of the threads, one at least.
     let threads = config.engine.threads.get();
     let encoder_share = threads.div_ceil(2) as f64 / threads as f64;

@@ -59,7 +59,7 @@ impl Engine {
         let scheduler = Scheduler::new(config.clone());
         let choices = HashMap::new();
         let mut engine = Self {
-            costs: Costs::of(model.dims()),
+            costs: Costs::on(model.dims(), model.is_on_gpu()),
             detector: Detector::new(VerbosityConfig::default()),
             paid: Vec::new(),
             is_busy: false,

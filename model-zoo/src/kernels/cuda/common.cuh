@@ -159,6 +159,17 @@ DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #endif
 }
 
+// 2 to the power of x, to two units in the last place; 0 of what is far below.
+DEVICE float exp2_fast(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
 // Over the lanes that differ in the bits from `FROM` to `TO` (excluded) of their index.
 template <int FROM, int TO>
 DEVICE float lanes_sum(float value) {

@@ -34,7 +34,7 @@ struct AttentionParams {
 constexpr unsigned DECODE_WARPS = 4, DECODE_UNITS = 8;
 
 // exp2(from - to), where nothing has been seen yet: 0.
-DEVICE float shrink(float from, float to) { return from == -INFINITY ? 0.0f : exp2f(from - to); }
+DEVICE float shrink(float from, float to) { return from == -INFINITY ? 0.0f : exp2_fast(from - to); }
 
 // Rows of a warp's sixteen queries: operands of the product with K, four channels of a lane at a time.
 template <int D>

@@ -214,11 +214,58 @@ DEVICE void fused_norm(const SkinnyParams &p, uint32_t first, bf16 *normed, floa
     }
 }
 
+// The same of many tokens: `TOKENS` tokens a warp at a time.
+template <uint32_t TOKENS>
+DEVICE void fused_norm_rows(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
+    constexpr uint32_t FOURS = 8 / TOKENS;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = normed_stride(p.cols);
+    for (uint32_t first = warp * TOKENS; first < p.tokens; first += FUSED_WARPS * TOKENS) {
+        const float *x[TOKENS];
+        float sums[TOKENS];
+#pragma unroll
+        for (uint32_t token = 0; token < TOKENS; token++) {
+            const uint32_t own = min(first + token, p.tokens - 1), at = p.index != nullptr ? p.index[own] : own;
+            x[token] = static_cast<const float *>(p.x) + static_cast<size_t>(at) * p.cols;
+            sums[token] = 0.0f;
+        }
+        for (uint32_t base = lane * 4; base < p.cols; base += 128 * FOURS) {
+            float4 a[FOURS][TOKENS], b[FOURS];
+#pragma unroll
+            for (uint32_t four = 0; four < FOURS; four++) {
+                const uint32_t i = base + four * 128, at = i < p.cols ? i : 0;
+                b[four] = load_global<float4>(p.norm + at);
+#pragma unroll
+                for (uint32_t token = 0; token < TOKENS; token++) a[four][token] = load_global<float4>(x[token] + at);
+            }
+#pragma unroll
+            for (uint32_t four = 0; four < FOURS; four++) {
+                const uint32_t i = base + four * 128;
+                if (i >= p.cols) continue;
+                const float4 w = b[four];
+#pragma unroll
+                for (uint32_t token = 0; token < TOKENS; token++) {
+                    const float4 v = a[four][token];
+                    sums[token] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+                    if (first + token < p.tokens)
+                        *reinterpret_cast<uint2 *>(normed + (first + token) * stride + i) =
+                            make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
+                }
+            }
+        }
+#pragma unroll
+        for (uint32_t token = 0; token < TOKENS; token++) {
+            const float sum = lanes_sum<1, 32>(sums[token]);
+            if (lane < FUSED_WARPS && first + token < p.tokens) squares[lane][first + token] = lane == 0 ? sum : 0.0f;
+        }
+    }
+}
+
 DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
     if (p.tokens == 1) fused_norm<1>(p, 0, normed, squares);
     else if (p.tokens == 2) fused_norm<2>(p, 0, normed, squares);
-    else
-        for (uint32_t first = 0; first < p.tokens; first += 4) fused_norm<4>(p, first, normed, squares);
+    else if (p.tokens <= 4) fused_norm<4>(p, 0, normed, squares);
+    else if (p.tokens <= 8) fused_norm_rows<1>(p, normed, squares);
+    else fused_norm_rows<2>(p, normed, squares);
     sync_warps<FUSED_WARPS>();
 }
 

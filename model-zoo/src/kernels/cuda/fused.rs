@@ -33,6 +33,8 @@ const PIECE: usize = 16 << 10;
 /// Most pieces of a block, and those that are under way at once: about what the memory's latency takes, so that what else
 /// is read does not wait behind them.
 const MOST_PIECES: usize = 12;
+/// Fewer pieces do not bridge the meetings of blocks: launches of their own are faster then.
+const LEAST_PIECES: usize = 4;
 const AHEAD: usize = 3;
 /// Bytes of activations that are brought to a block's memory because they are read often.
 const STAGED: usize = 64 << 10;
@@ -57,7 +59,7 @@ pub fn fuses(device: &dyn Device, tokens: usize, heads: Heads, [hidden, ffn]: [u
         && KERNELS.iter().any(|(dim, _)| *dim == heads.dim)
         && heads.block_size == FUSED_BLOCK
         && [hidden, ffn, heads.queries * heads.dim].iter().all(|width| width.is_multiple_of(64))
-        && FIXED + room + 2 * PIECE <= device.block_memory()
+        && FIXED + room + LEAST_PIECES * PIECE <= device.block_memory()
 }
 
 /// Bytes that activations take in a block's memory.
@@ -161,7 +163,7 @@ impl<'a> Program<'a> {
         let room = self.room.next_multiple_of(1024);
         let left = self.device.block_memory().saturating_sub(FIXED + room);
         let slots = (left / PIECE).min(MOST_PIECES);
-        if slots < 2 {
+        if slots < LEAST_PIECES {
             let room = room >> 10;
             return Err(ZooError::Device(format!(
                 "a block's memory is too small for {room} KiB of activations"

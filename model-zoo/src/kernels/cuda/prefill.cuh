@@ -52,42 +52,52 @@ template <int D>
 struct PrefillWarp {
     float o[D / 8][4], top[2], sum[2];
 
-    // The slots of a tile, the first of which is `slot`; rows `half` see begin[half]..end[half].
+    // The slots of a tile, the first of which is `slot`; rows `half` see begin[half]..end[half], all of the tile where it
+    // is `whole`. Products that do not wait for each other follow each other.
     DEVICE void tile(const Queries<D> &q, const bf16 *tile, uint32_t slot, const uint32_t (&begin)[2],
-                     const uint32_t (&end)[2], float scale) {
+                     const uint32_t (&end)[2], bool whole, float scale) {
         using Shape = PrefillTile<D>;
+        constexpr int SLOTS = TILE / 8, APART = 4;
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        float s[TILE / 8][4], most[2] = {top[0], top[1]};
+        float s[SLOTS][4] = {}, most[2] = {top[0], top[1]};
+        // Four tiles share 32 slots; column c of the q-th is slot 8 (c / 2) + 2 q + c % 2.
+        auto key = [&](int n) { return tile + (n / 4 * 32 + 8 * (g / 2) + 2 * (n % 4) + g % 2) * Shape::K_ROW; };
 #pragma unroll
-        for (int n = 0; n < static_cast<int>(TILE / 8); n++) {
-            s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-            // Four tiles share 32 slots; column c of the q-th is slot 8 (c / 2) + 2 q + c % 2.
-            const bf16 *key = tile + (n / 4 * 32 + 8 * (g / 2) + 2 * (n % 4) + g % 2) * Shape::K_ROW;
-            if constexpr (D % 32 == 0) {
+        for (int chunk = 0; chunk < (D + 31) / 32; chunk++)
 #pragma unroll
-                for (int chunk = 0; chunk < D / 32; chunk++) {
-                    const uint4 b = load<uint4>(key + 32 * chunk + 8 * t);
-                    mma(s[n], q.a[2 * chunk], {b.x, b.y});
-                    mma(s[n], q.a[2 * chunk + 1], {b.z, b.w});
+            for (int first = 0; first < SLOTS; first += APART) {
+                uint4 b[APART];
+#pragma unroll
+                for (int n = 0; n < APART; n++) {
+                    if constexpr (D % 32 == 0) {
+                        b[n] = load<uint4>(key(first + n) + 32 * chunk + 8 * t);
+                    } else {
+                        const uint2 own = load<uint2>(key(first + n) + 4 * t);
+                        b[n] = make_uint4(own.x, own.y, 0, 0);
+                    }
                 }
-            } else {
 #pragma unroll
-                for (int chunk = 0; chunk < D / 16; chunk++) {
-                    const uint2 b = load<uint2>(key + 16 * chunk + 4 * t);
-                    mma(s[n], q.a[chunk], {b.x, b.y});
+                for (int n = 0; n < APART; n++) mma(s[first + n], q.a[D % 32 == 0 ? 2 * chunk : 0], {b[n].x, b[n].y});
+                if constexpr (D % 32 == 0) {
+#pragma unroll
+                    for (int n = 0; n < APART; n++) mma(s[first + n], q.a[2 * chunk + 1], {b[n].z, b[n].w});
                 }
             }
+#pragma unroll
+        for (int n = 0; n < SLOTS; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const uint32_t own = slot + n / 4 * 32 + 8 * t + 2 * (n % 4) + i % 2;
-                s[n][i] = own >= begin[i / 2] && own < end[i / 2] ? s[n][i] * scale : -INFINITY;
+                if (!whole && (own < begin[i / 2] || own >= end[i / 2])) s[n][i] = -INFINITY;
                 most[i / 2] = fmaxf(most[i / 2], s[n][i]);
             }
-        }
+        float lift[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             most[half] = lanes_max<1, 4>(most[half]);
-            const float fade = shrink(top[half], most[half]);
+            // Where nothing was seen yet all weights are 0, whatever is taken off.
+            lift[half] = most[half] == -INFINITY ? 0.0f : most[half] * scale;
+            const float fade = exp2_fast(top[half] * scale - lift[half]);
             top[half] = most[half];
             sum[half] *= fade;
 #pragma unroll
@@ -95,21 +105,28 @@ struct PrefillWarp {
         }
         uint32_t p[TILE / 16][4];
 #pragma unroll
-        for (int n = 0; n < static_cast<int>(TILE / 8); n++)
+        for (int n = 0; n < SLOTS; n++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float a = shrink(s[n][2 * half], most[half]), b = shrink(s[n][2 * half + 1], most[half]);
+                const float a = exp2_fast(s[n][2 * half] * scale - lift[half]);
+                const float b = exp2_fast(s[n][2 * half + 1] * scale - lift[half]);
                 sum[half] += a + b;
                 p[n / 2][n % 2 * 2 + half] = pack(a, b);
             }
         const bf16 *values = tile + TILE * Shape::K_ROW;
+        constexpr int ROWS = D / 8 % APART == 0 ? APART : 2;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++)
+        for (int first = 0; first < D / 8; first += ROWS)
 #pragma unroll
             for (int chunk = 0; chunk < static_cast<int>(TILE / 32); chunk++) {
-                const uint4 b = load<uint4>(values + (8 * n + g) * Shape::V_ROW + 32 * chunk + 8 * t);
-                mma(o[n], p[2 * chunk], {b.x, b.y});
-                mma(o[n], p[2 * chunk + 1], {b.z, b.w});
+                uint4 b[ROWS];
+#pragma unroll
+                for (int n = 0; n < ROWS; n++)
+                    b[n] = load<uint4>(values + (8 * (first + n) + g) * Shape::V_ROW + 32 * chunk + 8 * t);
+#pragma unroll
+                for (int n = 0; n < ROWS; n++) mma(o[first + n], p[2 * chunk], {b[n].x, b[n].y});
+#pragma unroll
+                for (int n = 0; n < ROWS; n++) mma(o[first + n], p[2 * chunk + 1], {b[n].z, b[n].w});
             }
     }
 };
@@ -147,6 +164,9 @@ DEVICE void prefill(const AttentionParams &p) {
         end[half] = start + (base + g + 8 * half) / group + 1;
         begin[half] = p.window != 0 && end[half] > p.window ? end[half] - p.window : 0;
     }
+    // What all of the warp's queries see; rows past the last query see more than they need, and nobody looks at them.
+    const uint32_t all_end = start + base / group + 1, last_end = start + (base + 15) / group + 1;
+    const uint32_t all_begin = p.window != 0 && last_end > p.window ? last_end - p.window : 0;
     PrefillWarp<D> state;
 #pragma unroll
     for (int n = 0; n < D / 8; n++) state.o[n][0] = state.o[n][1] = state.o[n][2] = state.o[n][3] = 0.0f;
@@ -166,7 +186,7 @@ DEVICE void prefill(const AttentionParams &p) {
             Shape::blank(tile, held - slot);
             __syncthreads();
         }
-        state.tile(q, tile, slot, begin, end, p.scale);
+        state.tile(q, tile, slot, begin, end, slot >= all_begin && slot + TILE <= all_end, p.scale);
         // The next round overwrites the other stage, which was read before this barrier.
         __syncthreads();
     }

@@ -145,6 +145,56 @@ struct PlaceRowsParams {
     PlaceParams place;
 };
 
+// Sixteen outputs of a token from output `row` on, a tile of one head, turned and written where they belong.
+DEVICE void place_tile(const PlaceRowsParams &p, PlaceTarget target, uint32_t token, uint32_t step_token, uint32_t row) {
+    const PlaceParams &place = p.place;
+    const uint32_t d = place.head_dim, q_width = place.heads * d, kv_width = place.kv_heads * d;
+    const bf16 *from = p.qkv + static_cast<size_t>(token) * (q_width + 2 * kv_width) + row;
+    const uint4 firsts = load<uint4>(from), seconds = load<uint4>(from + 8);
+    const uint32_t x[4] = {firsts.x, firsts.y, firsts.z, firsts.w}, y[4] = {seconds.x, seconds.y, seconds.z, seconds.w};
+    float a[8], b[8];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        a[2 * j] = low(x[j]), a[2 * j + 1] = high(x[j]);
+        b[2 * j] = low(y[j]), b[2 * j + 1] = high(y[j]);
+    }
+    if (p.bias != nullptr)
+#pragma unroll
+        for (int j = 0; j < 8; j++) a[j] += p.bias[row + j], b[j] += p.bias[row + 8 + j];
+    if (row < q_width + kv_width) {
+        const float2 *turns = place.table + step_token * (d / 2) + row % d / 2;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 turn = turns[j];
+            const float turned = a[j] * turn.x - b[j] * turn.y;
+            b[j] = b[j] * turn.x + a[j] * turn.y;
+            a[j] = turned;
+        }
+    }
+    const uint4 first = make_uint4(pack(a[0], a[1]), pack(a[2], a[3]), pack(a[4], a[5]), pack(a[6], a[7]));
+    const uint4 second = make_uint4(pack(b[0], b[1]), pack(b[2], b[3]), pack(b[4], b[5]), pack(b[6], b[7]));
+    if (row < q_width) {
+        bf16 *q = place.q + static_cast<size_t>(token) * q_width + row;
+        *reinterpret_cast<uint4 *>(q) = first;
+        *reinterpret_cast<uint4 *>(q + 8) = second;
+        return;
+    }
+    if (target.page == nullptr) return;
+    row -= q_width;
+    if (row < kv_width) {
+        bf16 *k = target.page + (row / d * place.block_size + target.slot) * d + row % d;
+        *reinterpret_cast<uint4 *>(k) = first;
+        *reinterpret_cast<uint4 *>(k + 8) = second;
+        return;
+    }
+    bf16 *v = target.page + static_cast<size_t>(row) * place.block_size + target.slot;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        v[j * place.block_size] = to_bf16(a[j]);
+        v[(j + 8) * place.block_size] = to_bf16(b[j]);
+    }
+}
+
 // Norms and turns heads, and writes them where they belong; one block a token, one warp a head.
 KERNEL(place_rows, PlaceRowsParams, 256, 1) {
     lead();
@@ -153,6 +203,11 @@ KERNEL(place_rows, PlaceRowsParams, 256, 1) {
     const uint32_t lane = threadIdx.x % 32, token = blockIdx.x;
     const uint32_t step_token = p.index != nullptr ? p.index[token] : token;
     const PlaceTarget target = place_target(p.place, step_token);
+    if (p.q_norm == nullptr && p.k_norm == nullptr) {
+        for (uint32_t tile = threadIdx.x; tile < all * d / 16; tile += blockDim.x)
+            place_tile(p, target, token, step_token, tile * 16);
+        return;
+    }
     const bf16 *row = p.qkv + static_cast<size_t>(token) * all * d;
     auto value = [&](uint32_t i) { return to_float(row[i]) + (p.bias != nullptr ? p.bias[i] : 0.0f); };
     for (uint32_t head = threadIdx.x / 32; head < all; head += blockDim.x / 32) {
