@@ -2,6 +2,12 @@
 #pragma once
 #include "common.cuh"
 
+// Barriers in a block's memory and the copy engine came with Hopper: before it the joint kernel is compiled to nothing, and
+// the host does not ask for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define BEFORE_HOPPER
+#endif
+
 // Waits for `WARPS` warps of the block, the same ones each time; all of them where a kernel has no others.
 template <uint32_t WARPS>
 DEVICE void sync_warps() {
@@ -33,7 +39,9 @@ struct Barrier {
     uint64_t state;
 
     DEVICE void init(uint32_t count) {
-#ifdef __CUDACC__
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(count) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #else
@@ -41,7 +49,9 @@ struct Barrier {
 #endif
     }
     DEVICE void arrive() {
-#ifdef __CUDACC__
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
         asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(address()) : "memory");
 #else
         emulate::barrier_arrive(state, 0);
@@ -49,7 +59,9 @@ struct Barrier {
     }
     // Arrives, and announces copies of `bytes` bytes in all.
     DEVICE void announce(uint32_t bytes) {
-#ifdef __CUDACC__
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
         asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }" ::"r"(address()), "r"(bytes)
                      : "memory");
 #else
@@ -58,7 +70,9 @@ struct Barrier {
     }
     // Until the phase of this parity has ended: the first one's is 0, and the one before it counts as ended.
     DEVICE void wait(uint32_t parity) {
-#ifdef __CUDACC__
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
         uint32_t ended;
         do {
             asm volatile(
@@ -73,7 +87,9 @@ struct Barrier {
     }
     // Copies memory to the block's, addresses and `bytes` multiples of 16, as part of the present phase.
     DEVICE void copy(void *to, const void *from, uint32_t bytes) {
-#ifdef __CUDACC__
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
         const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -87,7 +103,9 @@ struct Barrier {
     // Copies sixteen rows from `row` on, and TILE_GROUPS groups of 64 columns from `group` on, of a matrix to the block's
     // memory at a multiple of 1,024, as part of the present phase: TILE_BYTES bytes, zeros where the matrix has nothing.
     DEVICE void copy(void *to, const TiledMatrix &matrix, uint32_t row, uint32_t group) {
-#ifdef __CUDACC__
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
         const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
         // What is read once makes room first: all else that a step reads stays in the second cache.
         uint64_t policy;

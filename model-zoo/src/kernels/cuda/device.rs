@@ -186,6 +186,9 @@ pub trait Device: Debug + Send + Sync {
     /// Whether it can run blocks of a launch at the same time (see [`Launch::together`]).
     fn runs_together(&self) -> bool;
 
+    /// Whether it has the copy engine and the barriers that [`super::fused`] takes: Hopper's and later ones'.
+    fn copies_tiles(&self) -> bool;
+
     /// Describes the bf16 matrix `[rows, cols]`, `cols` a multiple of 64, for copies of 16 rows and 8 times 64 columns.
     ///
     /// # Errors

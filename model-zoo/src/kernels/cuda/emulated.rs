@@ -298,6 +298,10 @@ impl Device for Emulated {
         false
     }
 
+    fn copies_tiles(&self) -> bool {
+        true
+    }
+
     fn tile_map(&self, matrix: Part, rows: usize, cols: usize) -> Result<TileMap> {
         // Kernels follow the matrix itself here.
         need("a matrix", matrix, 2 * rows * cols)?;

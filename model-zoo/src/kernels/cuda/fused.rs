@@ -56,6 +56,7 @@ pub struct Program<'a> {
 pub fn fuses(device: &dyn Device, tokens: usize, heads: Heads, [hidden, ffn]: [usize; 2]) -> bool {
     let room = normed_bytes(tokens, hidden).max(join_memory(heads, WARPS)).next_multiple_of(1024);
     (1..=FUSED_TOKENS).contains(&tokens)
+        && device.copies_tiles()
         && KERNELS.iter().any(|(dim, _)| *dim == heads.dim)
         && heads.block_size == FUSED_BLOCK
         && [hidden, ffn, heads.queries * heads.dim].iter().all(|width| width.is_multiple_of(64))

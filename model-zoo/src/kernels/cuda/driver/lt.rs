@@ -19,12 +19,14 @@ const WORKSPACE: usize = 32 << 20;
 /// `CUBLAS_OP_T`, of cuBLAS's own header.
 const OP_T: i32 = 1;
 
+/// By size and output.
+type Plans = HashMap<([usize; 3], Output), Arc<Plan>>;
+
 #[derive(Debug)]
 pub(super) struct Lt {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
-    /// By size and output.
-    plans: Mutex<HashMap<([usize; 3], Output), Arc<Plan>>>,
+    plans: Mutex<Plans>,
 }
 
 // SAFETY: cuBLASLt's handle may be used from any thread.

@@ -37,8 +37,9 @@ pub struct Gpu {
     multiprocessors: u32,
     /// Bytes of shared memory that a block may have.
     shared: i32,
-    /// Whether kernels start while those before them end (see `follow` in `common.cuh`).
-    overlaps: bool,
+    /// Whether it is a Hopper or later: kernels start while those before them end (see `follow` in `common.cuh`), and
+    /// copy by tiles.
+    is_hopper: bool,
     meter: Option<meter::Meter>,
 }
 
@@ -100,7 +101,7 @@ impl Gpu {
         let multiprocessors = attribute(count).map_err(failed("size"))? as u32;
         let shared = attribute(shared).map_err(failed("size"))?;
         let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-        let overlaps = attribute(major).map_err(failed("architecture"))? >= 9;
+        let is_hopper = attribute(major).map_err(failed("architecture"))? >= 9;
         let lt = Lt::new(&context)?;
         let meter = meter::Meter::open(index as u32);
         Ok(Self {
@@ -112,7 +113,7 @@ impl Gpu {
             name,
             multiprocessors,
             shared,
-            overlaps,
+            is_hopper,
         })
     }
 
@@ -223,6 +224,10 @@ impl Device for Gpu {
         true
     }
 
+    fn copies_tiles(&self) -> bool {
+        self.is_hopper
+    }
+
     fn tile_map(&self, matrix: Part, rows: usize, cols: usize) -> Result<TileMap> {
         need("a matrix", matrix, 2 * rows * cols)?;
         self.context.enter()?;
@@ -297,7 +302,7 @@ impl Device for Gpu {
             sharedMemBytes: launch.shared,
             hStream: self.context.stream,
             attrs: &mut attribute,
-            numAttrs: u32::from(self.overlaps || launch.together),
+            numAttrs: u32::from(self.is_hopper || launch.together),
         };
         // SAFETY: the caller's promise about the parameter; function, stream and attribute are live.
         unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
