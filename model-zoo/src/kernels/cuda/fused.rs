@@ -41,6 +41,18 @@ const STAGED: usize = 64 << 10;
 /// Parts that joining takes at most.
 const MOST_SPLITS: usize = 32;
 
+/// What a stage is: `StageKind` in `fused.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(u32)]
+enum Kind {
+    Embed,
+    Float,
+    Add,
+    Gate,
+    Place,
+    Attention,
+}
+
 /// Stages as they are gathered.
 #[derive(Debug)]
 pub struct Program<'a> {
@@ -96,6 +108,7 @@ impl<'a> Program<'a> {
         count: usize,
     ) -> Result<()> {
         let stage = StageParams {
+            kind: Kind::Embed as u32,
             tokens: count as u32,
             embed: embed_params((table, tokens), (x, count, width), scale)?,
             rotary: rotary_params(frequencies, (positions, count), turns)?,
@@ -116,10 +129,10 @@ impl<'a> Program<'a> {
         after: After,
     ) -> Result<()> {
         let kind = match after {
-            After::Float(_) => 1,
-            After::Add(_) => 2,
-            After::Gate(..) => 3,
-            After::Place(_) => 4,
+            After::Float(_) => Kind::Float as u32,
+            After::Add(_) => Kind::Add as u32,
+            After::Gate(..) => Kind::Gate as u32,
+            After::Place(_) => Kind::Place as u32,
             After::Half(_) => return Err(ZooError::Device("a stage that only stores halves".into())),
         };
         let bytes = normed_bytes(tokens.count, matrix.cols);
@@ -144,7 +157,7 @@ impl<'a> Program<'a> {
         attention.check_decode(items, splits)?;
         self.room = self.room.max(join_memory(heads, WARPS));
         let stage = StageParams {
-            kind: 5,
+            kind: Kind::Attention as u32,
             tokens: items.count as u32,
             head_groups: groups as u32,
             splits: splits as u32,
