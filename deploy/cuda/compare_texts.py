@@ -3,7 +3,7 @@
 
 Starts the given server twice, with device = cpu and device = cuda, and asks both for 20 prompts. Where texts differ, the
 CPU's log-probabilities of the two tokens at the first difference are compared: a gap of more than --tie nats fails. The
-CPU rounds activations to int8, so a gap may be its own: exact.py judges the written report by the formula in f64.
+CPU rounds activations to int8, so a gap may be its own: with --exact the formula in f64 judges instead (exact.py).
 """
 
 import argparse
@@ -82,8 +82,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("binary")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--tie", type=float, default=0.3, help="nats between two tokens that count as a tie")
+    parser.add_argument("--tie", type=float, default=0.1, help="nats between two tokens that count as a tie")
     parser.add_argument("--devices", default="cpu,cuda")
+    parser.add_argument("--exact", metavar="MODEL.gguf", help="judge by this file's weights; needs numpy and gguf")
     parser.add_argument("--out")
     options = parser.parse_args()
     ours, theirs = (texts(options.binary, device, options.tokens) for device in options.devices.split(","))
@@ -104,6 +105,10 @@ def main():
     if options.out:
         with open(options.out, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
+    if options.exact:
+        import exact
+
+        failed = exact.judge(options.exact, report, options.tie)
     sys.exit(bool(failed))
 
 

@@ -83,24 +83,32 @@ def plain(token):
         return None
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("texts")
-    parser.add_argument("--tie", type=float, default=0.1)
-    options = parser.parse_args()
-    model, likeliest, far, parted = Llama(options.model), 0, 0, 0
-    for entry in json.load(open(options.texts, encoding="utf-8")):
+def judge(path, report, tie):
+    """Prints what the formula says of each text that parts; how often the second device's token is more than `tie` off."""
+    model, likeliest, far, parted = Llama(path), 0, 0, 0
+    for entry in report:
         if "tokens" not in entry:
             continue
         before = entry["prompt_ids"] + [model.ids[token] for token in entry["before"]]
         log_probs = model.log_probs(before)
         first, second = (float(log_probs[model.ids[token]]) for token in entry["tokens"])
         below = float(log_probs.max()) - second
-        parted, likeliest, far = parted + 1, likeliest + (below == 0), far + (below > options.tie)
-        print(json.dumps({"prompt": entry["prompt"], "tokens": entry["tokens"], "second_minus_first": second - first, "second_below_best": below}))
-    print(f"{parted} texts part; {likeliest} times the second device takes the exact text's token, {far} times one that is more than {options.tie} nats below it")
-    sys.exit(far > 0)
+        parted, likeliest, far = parted + 1, likeliest + (below == 0), far + (below > tie)
+        shown = {"prompt": entry["prompt"], "tokens": entry["tokens"], "second_minus_first": second - first}
+        print(json.dumps(shown | {"second_below_best": below}))
+    print(f"{parted} texts part; {likeliest} times the second device takes the exact text's token, ", end="")
+    print(f"{far} times one that is more than {tie} nats below it")
+    return far
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("texts")
+    parser.add_argument("--tie", type=float, default=0.1)
+    options = parser.parse_args()
+    report = json.load(open(options.texts, encoding="utf-8"))
+    sys.exit(judge(options.model, report, options.tie) > 0)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ DEVICE void wait_copies() {
 }
 
 // Launches overlap on a GPU that can: a kernel starts while the one before it ends. Until `follow` it may read what no
-// kernel writes, weights, and nothing else; all that came before is done and seen after it. Every thread of every kernel
+// kernel of the step writes (weights, tables, slots that lay there before), and nothing else; all that came before is done
+// and seen after it. Every thread of every kernel
 // calls it, so that kernels end in their order. `lead` lets the next kernel start: its blocks wait for a place until all
 // of this one's have begun.
 DEVICE void follow() {

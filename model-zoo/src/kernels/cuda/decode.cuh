@@ -65,7 +65,7 @@ template <int D>
 struct Unit {
     uint2 k[2][D / 16], v[D / 8];
 
-    // `k` is the first slot's key. Column c of tile n is slot 4 (c / 2) + c % 2 + 2 n, so that a lane's four columns are
+    // `first` is the first slot's key. Column c of tile n is slot 4 (c / 2) + c % 2 + 2 n, so that a lane's four columns are
     // neighbours.
     DEVICE void fetch_keys(const bf16 *first) {
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -210,19 +210,47 @@ struct DecodePlace {
     uint32_t item, head_group, split, splits;
 };
 
-// A block's share of the attention of one token, as far as the step's tables tell it.
+// The attention of one token by the query heads of a group, as far as the step's tables tell it.
+struct Attended {
+    Item item;
+    uint32_t kv_head, head0, heads;  // the first of its query heads, and how many
+    uint32_t held, begin, end;       // slots held before the step, and those that are seen
+    const uint32_t *table;
+
+    // Reads what no kernel of the step writes. False where the token is padding.
+    DEVICE bool read(const AttentionParams &p, uint32_t index, uint32_t head_group) {
+        item = load_global<Item>(p.items + index);
+        if (item.row == NO_ROW) return false;
+        const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, tile = head_group % tiles;
+        kv_head = head_group / tiles;
+        head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
+        held = load_global<uint32_t>(p.kv_len + item.row);
+        table = p.tables + load_global<uint32_t>(p.starts + item.row);
+        end = held + item.first + 1;
+        begin = p.window != 0 && end > p.window ? end - p.window : 0;
+        return true;
+    }
+    DEVICE uint32_t units() const { return (end + 15) / 16 - begin / 16; }
+    // Blocks that share the slots: few slots are not worth many, for what joins them costs more.
+    DEVICE uint32_t shared_by(uint32_t most) const { return min(most, (units() + DECODE_UNITS - 1) / DECODE_UNITS); }
+
+    template <int D>
+    DEVICE void load_queries(Queries<D> &q, const AttentionParams &p) const {
+        const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * D;
+        q.load_rows([&](uint32_t row) { return row < heads ? own + row * D : nullptr; });
+    }
+};
+
+// A block's share of it.
 template <int D>
-struct DecodeJob {
+struct DecodeJob : Attended {
     // Whether keys and values are under way while those before them are computed is a matter of registers.
     static constexpr bool AHEAD = D <= 128;
     static constexpr uint32_t WARPS = DECODE_WARPS;
 
-    Item item;
-    uint32_t kv_head, head0, heads;  // the first of its query heads, and how many
-    uint32_t begin, end, splits;     // slots that are seen, and blocks that share them
-    uint32_t unit, stride;           // of the warp: its first unit, and how far its next one is
-    uint32_t page, next;             // of those two
-    const uint32_t *table;
+    uint32_t splits;        // blocks that share the slots
+    uint32_t unit, stride;  // of the warp: its first unit, and how far its next one is
+    uint32_t page, next;    // of those two
     bool idle, fetched;
     Unit<D> slots;
 
@@ -242,20 +270,10 @@ struct DecodeJob {
 
     // Reads what no kernel of the step writes.
     DEVICE void prepare(const AttentionParams &p, DecodePlace at) {
-        item = load_global<Item>(p.items + at.item);
-        idle = item.row == NO_ROW;
         fetched = false;
+        idle = !read(p, at.item, at.head_group);
         if (idle) return;
-        const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, tile = at.head_group % tiles;
-        kv_head = at.head_group / tiles;
-        head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
-        const uint32_t held = load_global<uint32_t>(p.kv_len + item.row);
-        end = held + item.first + 1;
-        begin = p.window != 0 && end > p.window ? end - p.window : 0;
-        table = p.tables + load_global<uint32_t>(p.starts + item.row);
-        // Few slots are not worth many blocks: what joins them costs more.
-        const uint32_t units = (end + 15) / 16 - begin / 16;
-        splits = min(at.splits, (units + DECODE_UNITS - 1) / DECODE_UNITS);
+        splits = shared_by(at.splits);
         idle = at.split >= splits;
         if (idle) return;
         stride = splits * WARPS;
@@ -270,8 +288,7 @@ struct DecodeJob {
 
     DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
         Queries<D> q;
-        const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * D;
-        q.load_rows([&](uint32_t row) { return row < heads ? own + row * D : nullptr; });
+        load_queries(q, p);
         state.clear();
         if (!fetched && unit * 16 < end) {
             fetch_keys(p, unit);

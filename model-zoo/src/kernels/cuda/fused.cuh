@@ -78,36 +78,23 @@ struct Ring {
 // A block's share of the attention of one token. Slots that lay there before the step come through the ring, in units of
 // sixteen; of the others, the last unit's, each warp reads what it needs itself.
 template <int D>
-struct FusedJob {
+struct FusedJob : Attended {
     static constexpr uint32_t UNIT = 2 * 16 * D, UNITS = PIECE / UNIT;  // values of a unit, and units of a piece
 
-    Item item;
-    uint32_t head_group, kv_head, head0, heads, split, splits;
-    uint32_t begin, end;          // slots that are seen
+    uint32_t head_group, split, splits;
     uint32_t first, last, whole;  // units; those before `whole` are in the ring
-    const uint32_t *table;
     bool idle;
 
     DEVICE void read(const Stage &stage, uint32_t index) {
         const AttentionParams &p = stage.attention;
         const uint32_t at = index / stage.splits;
         split = index % stage.splits, head_group = at % stage.head_groups;
-        item = load_global<Item>(p.items + at / stage.head_groups);
-        idle = item.row == NO_ROW;
+        idle = !Attended::read(p, at / stage.head_groups, head_group);
         if (idle) return;
-        const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, tile = head_group % tiles;
-        kv_head = head_group / tiles;
-        head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
-        const uint32_t held = load_global<uint32_t>(p.kv_len + item.row);
-        table = p.tables + load_global<uint32_t>(p.starts + item.row);
-        end = held + item.first + 1;
-        begin = p.window != 0 && end > p.window ? end - p.window : 0;
-        // Few slots are not worth many blocks: what joins them costs more.
-        const uint32_t units = (end + 15) / 16 - begin / 16, most = min(stage.splits, (units + 7) / 8);
-        const uint32_t share = (units + most - 1) / most;
-        splits = (units + share - 1) / share;
+        const uint32_t most = shared_by(stage.splits), share = (units() + most - 1) / most;
+        splits = (units() + share - 1) / share;
         idle = split >= splits;
-        first = begin / 16 + split * share, last = min(first + share, begin / 16 + units);
+        first = begin / 16 + split * share, last = min(first + share, begin / 16 + units());
         whole = max(first, min(last, held / 16));
     }
     DEVICE const bf16 *keys(const AttentionParams &p, uint32_t unit) const {
@@ -322,8 +309,7 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
         if (i != blockIdx.x) job.read(stage, i);
         if (job.idle) continue;
         Queries<D> q;
-        const bf16 *own = p.q + (static_cast<size_t>(job.item.token) * p.heads + job.head0) * D;
-        q.load_rows([&](uint32_t row) { return row < job.heads ? own + row * D : nullptr; });
+        job.load_queries(q, p);
         DecodeWarp<D> state;
         state.clear();
         for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {

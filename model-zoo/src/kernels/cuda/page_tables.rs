@@ -40,6 +40,19 @@ fn needed<'a>(row: &StepRow<'a>, layer: usize, slots: usize, block_size: usize) 
         .ok_or_else(|| ZooError::Step(format!("layer {layer} has {} pages for {slots} slots", pages.len())))
 }
 
+/// Makes room for `bytes` bytes. Says whether the memory moved: nobody reads the old one any more then.
+///
+/// # Errors
+/// [`ZooError::Device`].
+pub(super) fn make_room(buffer: &mut Option<Buffer>, bytes: usize, device: &dyn Device) -> Result<bool> {
+    let moves = buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes);
+    if moves {
+        device.synchronize()?;
+        *buffer = Some(device.alloc(bytes.next_power_of_two().max(1 << 16))?);
+    }
+    Ok(moves)
+}
+
 impl PageTables {
     /// Lays out the pages of all rows. `slots(row, layer)` are those that a row has in a layer after the step.
     ///
@@ -97,12 +110,7 @@ impl PageTables {
     /// # Errors
     /// [`ZooError::Device`].
     pub(super) fn upload(&mut self, device: &dyn Device) -> Result<bool> {
-        let bytes = 4 * self.words.len();
-        let moved = self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes);
-        if moved {
-            device.synchronize()?;
-            self.buffer = Some(device.alloc(bytes.next_power_of_two().max(1 << 16))?);
-        }
+        let moved = make_room(&mut self.buffer, 4 * self.words.len(), device)?;
         if moved || self.changed.len() > MOST_COPIES {
             self.changed.clear();
             self.changed.push(0..self.words.len());

@@ -7,21 +7,21 @@ constexpr unsigned FUSED_WARPS = 8, FUSED_THREADS = FUSED_WARPS * 32 + 32, FUSED
 // Values between two rows of activations in the block's memory: half a line of the banks more than a row.
 DEVICE uint32_t normed_stride(uint32_t cols) { return (cols + 63) / 64 * 64 + 32; }
 
-// Norms up to `TOKENS` tokens of the stage from the `first` one on, but for the factor of each, which `squares` leads to.
-template <uint32_t TOKENS>
-DEVICE void fused_norm(const SkinnyParams &p, uint32_t first, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
-    // Columns of a round: as many loads as a thread has under way without waiting.
-    constexpr uint32_t FOURS = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1, STEP = FUSED_WARPS * 32 * 4;
+// Norms up to `TOKENS` tokens of the stage from the `first` one on, but for the factor of each: `THREADS` threads, of which
+// this is the `own`-th, share their columns, and each gathers the squares of its own in `sums`. Loads of `FOURS` fours of
+// columns are under way at once.
+template <uint32_t TOKENS, uint32_t FOURS, uint32_t THREADS>
+DEVICE void fused_norm(const SkinnyParams &p, uint32_t first, uint32_t own, bf16 *normed, float (&sums)[TOKENS]) {
+    constexpr uint32_t STEP = THREADS * 4;
     const uint32_t stride = normed_stride(p.cols);
     const float *x[TOKENS];
-    float sums[TOKENS];
 #pragma unroll
     for (uint32_t token = 0; token < TOKENS; token++) {
-        const uint32_t own = min(first + token, p.tokens - 1), at = p.index != nullptr ? p.index[own] : own;
+        const uint32_t some = min(first + token, p.tokens - 1), at = p.index != nullptr ? p.index[some] : some;
         x[token] = static_cast<const float *>(p.x) + static_cast<size_t>(at) * p.cols;
         sums[token] = 0.0f;
     }
-    for (uint32_t base = threadIdx.x * 4; base < p.cols; base += STEP * FOURS) {
+    for (uint32_t base = own * 4; base < p.cols; base += STEP * FOURS) {
         float4 a[FOURS][TOKENS], b[FOURS];
 #pragma unroll
         for (uint32_t four = 0; four < FOURS; four++) {
@@ -34,74 +34,51 @@ DEVICE void fused_norm(const SkinnyParams &p, uint32_t first, bf16 *normed, floa
 #pragma unroll
         for (uint32_t four = 0; four < FOURS; four++) {
             const uint32_t i = base + four * STEP;
+            if (i >= p.cols) continue;
             const float4 w = b[four];
 #pragma unroll
             for (uint32_t token = 0; token < TOKENS; token++) {
                 const float4 v = a[four][token];
-                if (i >= p.cols) continue;
                 sums[token] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                *reinterpret_cast<uint2 *>(normed + (first + token) * stride + i) =
-                    make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
+                if (first + token < p.tokens)
+                    *reinterpret_cast<uint2 *>(normed + (first + token) * stride + i) =
+                        make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
             }
         }
     }
 #pragma unroll
-    for (uint32_t token = 0; token < TOKENS; token++) {
-        const float sum = lanes_sum<1, 32>(sums[token]);
-        if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32][first + token] = sum;
-    }
+    for (uint32_t token = 0; token < TOKENS; token++) sums[token] = lanes_sum<1, 32>(sums[token]);
 }
 
-// The same of many tokens: `TOKENS` tokens a warp at a time.
+// Few tokens, by all warps together.
+template <uint32_t TOKENS>
+DEVICE void fused_norm_few(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
+    float sums[TOKENS];
+    fused_norm<TOKENS, 4 / TOKENS, FUSED_WARPS * 32>(p, 0, threadIdx.x, normed, sums);
+#pragma unroll
+    for (uint32_t token = 0; token < TOKENS; token++)
+        if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32][token] = sums[token];
+}
+
+// Many tokens, `TOKENS` of them a warp at a time.
 template <uint32_t TOKENS>
 DEVICE void fused_norm_rows(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
-    constexpr uint32_t FOURS = 8 / TOKENS;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = normed_stride(p.cols);
-    for (uint32_t first = warp * TOKENS; first < p.tokens; first += FUSED_WARPS * TOKENS) {
-        const float *x[TOKENS];
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t first = threadIdx.x / 32 * TOKENS; first < p.tokens; first += FUSED_WARPS * TOKENS) {
         float sums[TOKENS];
+        fused_norm<TOKENS, 8 / TOKENS, 32>(p, first, lane, normed, sums);
 #pragma unroll
-        for (uint32_t token = 0; token < TOKENS; token++) {
-            const uint32_t own = min(first + token, p.tokens - 1), at = p.index != nullptr ? p.index[own] : own;
-            x[token] = static_cast<const float *>(p.x) + static_cast<size_t>(at) * p.cols;
-            sums[token] = 0.0f;
-        }
-        for (uint32_t base = lane * 4; base < p.cols; base += 128 * FOURS) {
-            float4 a[FOURS][TOKENS], b[FOURS];
-#pragma unroll
-            for (uint32_t four = 0; four < FOURS; four++) {
-                const uint32_t i = base + four * 128, at = i < p.cols ? i : 0;
-                b[four] = load_global<float4>(p.norm + at);
-#pragma unroll
-                for (uint32_t token = 0; token < TOKENS; token++) a[four][token] = load_global<float4>(x[token] + at);
-            }
-#pragma unroll
-            for (uint32_t four = 0; four < FOURS; four++) {
-                const uint32_t i = base + four * 128;
-                if (i >= p.cols) continue;
-                const float4 w = b[four];
-#pragma unroll
-                for (uint32_t token = 0; token < TOKENS; token++) {
-                    const float4 v = a[four][token];
-                    sums[token] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                    if (first + token < p.tokens)
-                        *reinterpret_cast<uint2 *>(normed + (first + token) * stride + i) =
-                            make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
-                }
-            }
-        }
-#pragma unroll
-        for (uint32_t token = 0; token < TOKENS; token++) {
-            const float sum = lanes_sum<1, 32>(sums[token]);
-            if (lane < FUSED_WARPS && first + token < p.tokens) squares[lane][first + token] = lane == 0 ? sum : 0.0f;
-        }
+        for (uint32_t token = 0; token < TOKENS; token++)
+            if (lane < FUSED_WARPS && first + token < p.tokens)
+                squares[lane][first + token] = lane == 0 ? sums[token] : 0.0f;
     }
 }
 
+// Norms the stage's tokens, but for the factor of each, which the sum over `squares` leads to.
 DEVICE void fused_norm(const SkinnyParams &p, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
-    if (p.tokens == 1) fused_norm<1>(p, 0, normed, squares);
-    else if (p.tokens == 2) fused_norm<2>(p, 0, normed, squares);
-    else if (p.tokens <= 4) fused_norm<4>(p, 0, normed, squares);
+    if (p.tokens == 1) fused_norm_few<1>(p, normed, squares);
+    else if (p.tokens == 2) fused_norm_few<2>(p, normed, squares);
+    else if (p.tokens <= 4) fused_norm_few<4>(p, normed, squares);
     else if (p.tokens <= 8) fused_norm_rows<1>(p, normed, squares);
     else fused_norm_rows<2>(p, normed, squares);
     sync_warps<FUSED_WARPS>();

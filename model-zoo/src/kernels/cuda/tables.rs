@@ -6,7 +6,7 @@
 use super::attention::{ITEM_BYTES, Items};
 use super::device::{Buffer, Device, Part};
 use super::ops::Tokens;
-use super::page_tables::PageTables;
+use super::page_tables::{PageTables, make_room};
 use crate::compression::Sublayer;
 use crate::compression::route::{Active, Route};
 use crate::step::{LogitRows, StepBatch, StepRow};
@@ -269,11 +269,7 @@ impl StepTables {
     /// [`ZooError::Device`].
     pub fn upload(&mut self, device: &dyn Device) -> Result<bool> {
         let bytes: &[u8] = bytemuck::cast_slice(&self.words);
-        let moved = self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes.len());
-        if moved {
-            device.synchronize()?;
-            self.buffer = Some(device.alloc(bytes.len().next_power_of_two().max(1 << 16))?);
-        }
+        let moved = make_room(&mut self.buffer, bytes.len(), device)?;
         if let Some(buffer) = &self.buffer {
             device.upload(Part::all(buffer), bytes)?;
         }
