@@ -139,8 +139,5 @@ pub trait CausalLm: Send {
 
 /// Why a model on a GPU does not run `plan`, by the name of the method; `None` where it does.
 pub fn gpu_refusal(plan: &Plan) -> Option<&'static str> {
-    if plan.ffn().is_some() {
-        return Some("compression.ffn_skip is not run on a GPU by this server; send drop or skip_decode");
-    }
-    plan.pruning().map(|_| "compression.think is not run on a GPU by this server; send drop or skip_decode")
+    plan.ffn().map(|_| "compression.ffn_skip is not run on a GPU by this server; send drop or skip_decode")
 }

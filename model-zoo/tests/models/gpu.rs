@@ -7,6 +7,7 @@ use model_zoo::compression::calibration::Calibration;
 use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
 use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
+use model_zoo::eval;
 use model_zoo::kernels::cuda::device::Device;
 use model_zoo::kernels::cuda::emulated::{Emulated, Order};
 use model_zoo::kernels::cuda::fused::fuses;
@@ -244,6 +245,94 @@ fn plans_that_drop_and_skip_mix_and_equal_the_cpus() {
     }
 }
 
+/// Logits of prompts of `lens` tokens, in chunks, and of 20 tokens after each, all sequences in every step; then of the
+/// first one's last tokens again, in one go over its packed prompt.
+fn run_pruned(model: &mut dyn CausalLm, plans: &[Plan], (lens, chunk): (&[usize], usize)) -> Vec<Vec<f32>> {
+    let most = lens.iter().max().unwrap() + 20;
+    let mut runner = eval::Runner::new(model, plans.len(), most).unwrap();
+    let mut sequences: Vec<_> =
+        plans.iter().enumerate().map(|(slot, plan)| runner.start(slot, plan.clone())).collect();
+    let prompts: Vec<Vec<u32>> = (0..plans.len()).map(|seed| tokens(seed as u32, most)).collect();
+    let mut all = Vec::new();
+    let mut at = vec![0; plans.len()];
+    for _ in 0.. {
+        let next = |i: usize, at: usize| {
+            if at < lens[i] { (at + chunk).min(lens[i]) } else { (at + 1).min(lens[i] + 20) }
+        };
+        let ends: Vec<usize> = at.iter().enumerate().map(|(i, &at)| next(i, at)).collect();
+        let mut chunks = Vec::new();
+        for (i, sequence) in sequences.iter_mut().enumerate().filter(|(i, _)| ends[*i] > at[*i]) {
+            chunks.push(eval::Chunk {
+                sequence,
+                tokens: &prompts[i][at[i]..ends[i]],
+                logits: LogitRows::Last,
+            });
+        }
+        let count = chunks.len();
+        if count == 0 {
+            break;
+        }
+        runner.step(&mut chunks, None).unwrap();
+        let logits = runner.logits(0..count).unwrap();
+        all.extend(logits.chunks_exact(logits.len() / count).map(<[f32]>::to_vec));
+        at = ends;
+    }
+    sequences[0].rewind(lens[0]);
+    let tokens = &prompts[0][lens[0]..lens[0] + 20];
+    let chunk = eval::Chunk { sequence: &mut sequences[0], tokens, logits: LogitRows::All };
+    runner.step(&mut [chunk], None).unwrap();
+    let logits = runner.logits(0..20).unwrap();
+    all.extend(logits.chunks_exact(logits.len() / 20).map(<[f32]>::to_vec));
+    all
+}
+
+#[test]
+fn pruned_keys_equal_the_cpus() {
+    let think = |ratio: f32, recent: usize| {
+        let options = format!(r#"{{"think": {{"ratio": {ratio}, "recent": {recent}}}}}"#);
+        serde_json::from_str::<CompressionOptions>(&options).unwrap()
+    };
+    let shapes = [
+        (llama((64, 128, 6), [4, 2], 16), 0.5),
+        (llama((192, 192, 2), [9, 3], 64), 0.4),
+        // A width that the joint kernel does not take.
+        (llama((120, 192, 2), [4, 1], 32), 0.3),
+    ];
+    for (i, (config, ratio)) in shapes.into_iter().enumerate() {
+        let weights = RandomWeights::of(&config, 0.1);
+        let (layers, head_dim) = (config.num_layers, config.head_dim);
+        let lens = [75, 40, 100, 33];
+        let plan = |index: usize, options: &CompressionOptions| {
+            let offer = Offer::default();
+            let prompt_len = lens[index];
+            let context = Context {
+                num_layers: layers,
+                head_dim,
+                prompt_len,
+                max_tokens: 20,
+                images: &[],
+                offer: &offer,
+            };
+            registry::compile(options, &context).unwrap()
+        };
+        let plans = [
+            plan(0, &think(ratio, 8)),
+            Plan::dense(layers),
+            plan(2, &think(ratio, 32)),
+            plan(3, &think(ratio + 0.3, 0)),
+        ];
+        let device = device(i);
+        for &chunk in [&[100, 24][..], &[24]][usize::from(i > 0)] {
+            let [cpu, gpu] = [Target::Cpu, Target::Device(Arc::clone(&device))].map(|target| {
+                let mut model = build_on(config.clone(), &weights, &target).unwrap();
+                run_pruned(model.as_mut(), &plans, (&lens, chunk))
+            });
+            let found = error(&gpu, &cpu);
+            assert!(found < 3e-2, "shape {i}, chunks of {chunk}: relative error {found:.2e}");
+        }
+    }
+}
+
 #[test]
 fn tokens_are_chosen_as_from_the_logits() {
     let path = fixtures().join("llama");
@@ -301,9 +390,9 @@ fn a_malformed_step_and_what_is_not_run_are_refused() {
         let says = refused.is_some_and(|error| error.contains("images are not run on a GPU"));
         assert_eq!(says, name == "llava");
     }
-    let think = r#"{"think": {"ratio": 0.5, "recent": 4}}"#;
-    let plan = compile(&serde_json::from_str(think).unwrap());
-    assert!(gpu_refusal(&plan).unwrap().starts_with("compression.think"));
+    let skip = r#"{"ffn_skip": {"target": 0.25, "threshold": 0.9}}"#;
+    let plan = compile(&serde_json::from_str(skip).unwrap());
+    assert!(gpu_refusal(&plan).unwrap().starts_with("compression.ffn_skip"));
     assert_eq!(gpu_refusal(&Plan::dense(2)), None);
 }
 

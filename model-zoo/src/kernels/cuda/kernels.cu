@@ -13,4 +13,6 @@
 
 #include "prefill.cuh"
 
+#include "pruned.cuh"
+
 #include "sample.cuh"

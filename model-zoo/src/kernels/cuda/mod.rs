@@ -15,6 +15,7 @@ pub mod fused;
 pub mod ops;
 mod page_tables;
 mod params;
+pub mod pruned;
 pub mod sampling;
 pub mod tables;
 #[cfg(feature = "cuda-emulated")]

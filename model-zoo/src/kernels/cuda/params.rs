@@ -44,8 +44,8 @@ params! {
     }
     AttentionParams {
         q: Pointer, out: Pointer, pages: Pointer, items: Pointer, kv_len: Pointer, starts: Pointer,
-        tables: Pointer, parts: Pointer, done: Pointer, heads: u32, kv_heads: u32, block_size: u32, window: u32,
-        scale: f32, pad: u32,
+        tables: Pointer, packed: Pointer, parts: Pointer, done: Pointer, heads: u32, kv_heads: u32, block_size: u32,
+        window: u32, scale: f32, layer: u32,
     }
     StageParams {
         kind: u32, tokens: u32, head_groups: u32, splits: u32, skinny: SkinnyParams, attention: AttentionParams,
@@ -54,6 +54,18 @@ params! {
     FusedParams {
         stages: Pointer, maps: Pointer, arrived: Pointer, from: u32, to: u32, room: u32, slots: u32, ahead: u32,
         pad: u32,
+    }
+    ObserveParams {
+        q: Pointer, items: Pointer, sums: Pointer, heads: u32, kv_heads: u32, head_dim: u32, layer: u32,
+        layers: u32, pad: u32,
+    }
+    KeySquaresParams {
+        pages: Pointer, tables: Pointer, out: Pointer, list: u32, slots: u32, kv_heads: u32, head_dim: u32,
+        block_size: u32, pad: u32,
+    }
+    PackParams {
+        pages: Pointer, lines: Pointer, moves: Pointer, channels: Pointer, kept: u32, kv_heads: u32,
+        head_dim: u32, block_size: u32,
     }
     DrawParams { row: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32, uniform: f32 }
     SampleParams { logits: Pointer, draws: Pointer, tokens: Pointer, vocab: u32, pad: u32 }

@@ -3,12 +3,14 @@
 //! Every index that kernels follow is checked here, before it is uploaded: tokens against the vocabulary, pages against
 //! the pool, slots against the pages of their row.
 
-use super::attention::{ITEM_BYTES, Items};
+use super::attention::{ITEM_BYTES, Items, PACKED_BYTES};
 use super::device::{Buffer, Device, Part};
 use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
+use super::pruned::OBSERVED_WORDS;
 use crate::compression::Sublayer;
-use crate::compression::route::{Active, Route};
+use crate::compression::route::{Active, Route, Span};
+use crate::kv_cache::{KvLayout, PackedLayout};
 use crate::step::{LogitRows, StepBatch, StepRow};
 use crate::{Result, ZooError};
 
@@ -26,6 +28,37 @@ pub struct Bounds {
     pub num_pages: usize,
     /// KV slots of a page.
     pub block_size: usize,
+}
+
+/// The slots of a row that are packed, its first ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefix {
+    /// How many: whole pages' worth.
+    pub slots: usize,
+    /// Channels kept of their keys.
+    pub kept: usize,
+    /// Where the channels lie on the device, `[layers, num_kv_heads, kept]` u8.
+    pub channels: Part,
+}
+
+/// What a step needs to know of the pool and of its rows beside the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Pages<'a> {
+    /// Pages of the pool.
+    pub count: usize,
+    /// Their geometry.
+    pub layout: KvLayout,
+    /// What is packed of each row.
+    pub prefixes: &'a [Option<Prefix>],
+}
+
+impl Pages<'_> {
+    /// Pages that packing saves a row in a layer.
+    fn saved(&self, row: usize, kv_len: usize) -> usize {
+        let Some(prefix) = self.prefixes[row].filter(|prefix| kv_len >= prefix.slots) else { return 0 };
+        let packed = PackedLayout { layout: self.layout, kept: prefix.kept };
+        (prefix.slots / self.layout.block_size).saturating_sub(packed.num_pages(prefix.slots))
+    }
 }
 
 /// The tokens that run one sublayer.
@@ -55,7 +88,14 @@ pub struct StepTables {
     num_logits: usize,
     uniform: bool,
     selections: Vec<[Selection; 2]>,
+    /// Of each layer: where the rows whose queries are observed begin, and how many they are.
+    observed: Vec<(usize, usize)>,
+    /// Rows of the batch that are observed, by the place of their sums.
+    observers: Vec<usize>,
 }
+
+/// Which tokens run a sublayer, and the spans of them.
+type Selected = (Active, Vec<Span>);
 
 /// Arrays of one word a token before the arrays by layer: tokens, positions, rows, within, logits, and items of four.
 const TOKEN_WORDS: usize = 5 + ITEM_BYTES / 4;
@@ -74,12 +114,9 @@ impl StepTables {
             num_logits: 0,
             uniform: false,
             selections,
+            observed: Vec::new(),
+            observers: Vec::new(),
         }
-    }
-
-    /// KV slots of a page of the steps to come.
-    pub fn set_block_size(&mut self, block_size: usize) {
-        self.bounds.block_size = block_size;
     }
 
     /// Lays out `batch` on its way `route`, and opens and counts its decisions. A step of one token a row is padded to
@@ -90,34 +127,48 @@ impl StepTables {
     pub fn lay(
         &mut self,
         (batch, route): (&mut StepBatch<'_>, &mut Route),
-        num_pages: usize,
+        pages: Pages<'_>,
         bucket: impl Fn(usize) -> usize,
     ) -> Result<()> {
-        self.bounds.num_pages = num_pages;
+        self.bounds.num_pages = pages.count;
+        self.bounds.block_size = pages.layout.block_size;
         for (index, row) in batch.rows.iter().enumerate() {
-            check(row, &self.bounds).map_err(|what| ZooError::Step(format!("row {index}: {what}")))?;
+            let packed = pages.prefixes[index].as_ref();
+            check(row, &self.bounds, packed)
+                .map_err(|what| ZooError::Step(format!("row {index}: {what}")))?;
         }
         let sizes = (self.bounds.num_pages, self.bounds.block_size);
-        self.pages.lay(batch, sizes, |row, layer| row.kv_len[layer] + active(row, layer))?;
+        self.pages.lay(batch, sizes, |index, layer| {
+            let row = &batch.rows[index];
+            [row.kv_len[layer] + active(row, layer), pages.saved(index, row.kv_len[layer])]
+        })?;
         let count = batch.num_tokens();
+        let rows = batch.rows.iter().enumerate();
+        self.observers = rows.filter(|(_, row)| num_observed(row) > 0).map(|(index, _)| index).collect();
         let actives = self.select(batch, route);
         self.uniform = batch.rows.iter().all(|row| row.tokens.len() == 1)
+            && self.observers.is_empty()
             && actives.iter().flatten().all(|(active, _)| !matches!(active, Active::Gather(_)));
         self.tokens = if self.uniform { bucket(count).max(count) } else { count };
         self.rows = if self.uniform { self.tokens } else { batch.rows.len() };
         self.words.clear();
         self.words.resize(self.variable(), 0);
         self.lay_tokens(batch, route);
+        let observed = self.observed(batch, &actives);
         for (layer, [attention, ffn]) in actives.into_iter().enumerate() {
             let before = layer.checked_sub(1).map(|before| self.selections[before]);
-            let own = [self.selection(attention, count), self.selection(ffn, count)];
+            let own = [
+                self.selection(attention, (count, pages.prefixes)),
+                self.selection(ffn, (count, pages.prefixes)),
+            ];
             // Equal choices share their lists, which is the rule: rows of one plan, and all that is dense.
             self.selections[layer] = own;
             if let Some(before) = before {
                 self.share(before, layer);
             }
         }
-        self.lay_pages(batch);
+        self.lay_observed(observed);
+        self.lay_pages(batch, pages);
         Ok(())
     }
 
@@ -126,9 +177,14 @@ impl StepTables {
         TOKEN_WORDS * self.tokens
     }
 
+    /// Where it lies what of rows is packed.
+    fn packed_at(&self) -> usize {
+        self.by_layer() + 2 * self.bounds.layers * self.rows
+    }
+
     /// Where what has no fixed place begins.
     fn variable(&self) -> usize {
-        self.by_layer() + 2 * self.bounds.layers * self.rows + 1
+        self.packed_at() + PACKED_BYTES / 4 * self.rows + 1
     }
 
     /// A word that is zero when a step begins, for blocks that count each other.
@@ -140,12 +196,7 @@ impl StepTables {
     }
 
     /// What runs where, and the spans of it.
-    #[allow(clippy::type_complexity)]
-    fn select(
-        &self,
-        batch: &mut StepBatch<'_>,
-        route: &mut Route,
-    ) -> Vec<[(Active, Vec<crate::compression::route::Span>); 2]> {
+    fn select(&self, batch: &mut StepBatch<'_>, route: &mut Route) -> Vec<[Selected; 2]> {
         let mut of = |layer, sublayer| {
             let active = route.select(layer, sublayer, &mut batch.rows);
             (active, route.spans().to_vec())
@@ -195,8 +246,8 @@ impl StepTables {
 
     fn selection(
         &mut self,
-        (active, spans): (Active, Vec<crate::compression::route::Span>),
-        count: usize,
+        (active, spans): Selected,
+        (count, prefixes): (usize, &[Option<Prefix>]),
     ) -> Selection {
         let tokens = match active {
             Active::None => return Selection::default(),
@@ -214,15 +265,22 @@ impl StepTables {
             let tokens = spans.iter().flat_map(|span| span.step_start..span.step_start + span.len);
             self.words.extend(tokens.map(|token| token as u32));
         }
-        for several in [false, true] {
-            let start = self.words.len();
-            let own = spans.iter().filter(|span| (span.len > 1) == several);
-            let items = own.map(|span| [span.start, span.row, span.first, span.len].map(|word| word as u32));
-            self.words.extend(items.flatten());
-            let list = (start, (self.words.len() - start) / 4);
-            *(if several { &mut selection.several } else { &mut selection.single }) = list;
+        // Tokens over packed slots are computed one by one, like the tokens that they stand for.
+        let single = |span: &&Span| span.len == 1 || prefixes[span.row].is_some();
+        let start = self.words.len();
+        for span in spans.iter().filter(single) {
+            for i in 0..span.len {
+                let item = [span.start + i, span.row, span.first + i, 1];
+                self.words.extend(item.map(|word| word as u32));
+            }
         }
-        selection.longest = spans.iter().map(|span| span.len).max().unwrap_or(0);
+        selection.single = (start, (self.words.len() - start) / 4);
+        let start = self.words.len();
+        let several = || spans.iter().filter(|span| !single(span));
+        let items = several().map(|span| [span.start, span.row, span.first, span.len]);
+        self.words.extend(items.flatten().map(|word| word as u32));
+        selection.several = (start, several().count());
+        selection.longest = several().map(|span| span.len).max().unwrap_or(0);
         selection
     }
 
@@ -250,7 +308,31 @@ impl StepTables {
         }
     }
 
-    fn lay_pages(&mut self, batch: &StepBatch<'_>) {
+    /// The rows whose queries are observed in each layer: the last of their tokens that run there.
+    fn observed(&self, batch: &StepBatch<'_>, actives: &[[Selected; 2]]) -> Vec<Vec<[u32; OBSERVED_WORDS]>> {
+        let of_row = |spans: &[Span], (place, &row): (usize, &usize)| {
+            let own = || spans.iter().filter(|span| span.row == row);
+            let end = own().map(|span| span.start + span.len).max()?;
+            let wanted = num_observed(&batch.rows[row]);
+            let left_out = batch.rows[row].tokens.len() - own().map(|span| span.first + span.len).max()?;
+            let count = wanted.saturating_sub(left_out).min(own().map(|span| span.len).sum());
+            (count > 0).then(|| [end - count, count, place, 0].map(|word| word as u32))
+        };
+        let of_layer = |[(_, spans), _]: &[Selected; 2]| {
+            self.observers.iter().enumerate().filter_map(|observer| of_row(spans, observer)).collect()
+        };
+        actives.iter().map(of_layer).collect()
+    }
+
+    fn lay_observed(&mut self, observed: Vec<Vec<[u32; OBSERVED_WORDS]>>) {
+        self.observed.clear();
+        for items in observed {
+            self.observed.push((self.words.len(), items.len()));
+            self.words.extend(items.into_iter().flatten());
+        }
+    }
+
+    fn lay_pages(&mut self, batch: &StepBatch<'_>, pages: Pages<'_>) {
         let (layers, rows) = (self.bounds.layers, self.rows);
         let lens = self.by_layer();
         let starts = lens + layers * rows;
@@ -258,7 +340,16 @@ impl StepTables {
             for layer in 0..layers {
                 let place = layer * rows + index;
                 self.words[lens + place] = row.kv_len[layer] as u32;
-                self.words[starts + place] = self.pages.start((index, layer), layers);
+                // Pages are found by their slots as if none were saved, in words that wrap around.
+                let saved = pages.saved(index, row.kv_len[layer]) as u32;
+                self.words[starts + place] = self.pages.start((index, layer), layers).wrapping_sub(saved);
+            }
+            if let Some(prefix) = pages.prefixes[index] {
+                let (address, saved) = (prefix.channels.address(), pages.saved(index, prefix.slots));
+                let words = [address as u32, (address >> 32) as u32, prefix.slots as u32, prefix.kept as u32];
+                let at = self.packed_at() + PACKED_BYTES / 4 * index;
+                self.words[at..at + 4].copy_from_slice(&words);
+                self.words[at + 4] = saved as u32;
             }
         }
     }
@@ -352,6 +443,28 @@ impl StepTables {
         Ok([self.part(lens, self.rows)?, self.part(starts, self.rows)?, tables])
     }
 
+    /// What of rows is packed, `[rows]` of [`PACKED_BYTES`].
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn packed(&self) -> Result<Part> {
+        self.part(self.packed_at(), PACKED_BYTES / 4 * self.rows)
+    }
+
+    /// Rows of the batch whose queries are observed, by the place of their sums.
+    pub fn observers(&self) -> &[usize] {
+        &self.observers
+    }
+
+    /// Which queries of `layer` are observed, and of how many rows: see [`super::pruned::observe`].
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn observed_in(&self, layer: usize) -> Result<(Part, usize)> {
+        let (start, count) = self.observed[layer];
+        Ok((self.part(start, OBSERVED_WORDS * count)?, count))
+    }
+
     /// The tokens that run `sublayer` of `layer`.
     ///
     /// # Errors
@@ -383,12 +496,19 @@ fn active(row: &StepRow<'_>, layer: usize) -> usize {
     row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
 }
 
+/// Tokens of the row, its last ones, whose queries choose the channels that its keys keep.
+fn num_observed(row: &StepRow<'_>) -> usize {
+    let Some(pruning) = row.plan.pruning().filter(|_| row.state.pruning.keys.is_none()) else { return 0 };
+    let positions = row.first_pos..row.first_pos + row.tokens.len();
+    positions.filter(|&position| pruning.observes(position)).count()
+}
+
 /// What of a row cannot be run, as a sentence's end.
-fn check(row: &StepRow<'_>, bounds: &Bounds) -> Result<(), String> {
+fn check(row: &StepRow<'_>, bounds: &Bounds, packed: Option<&Prefix>) -> Result<(), String> {
     if row.tokens.is_empty() {
         return Err("no tokens".into());
     }
-    if row.plan.ffn().is_some() || row.plan.pruning().is_some() {
+    if row.plan.ffn().is_some() {
         return Err("its plan has a method that the GPU's engine does not run".into());
     }
     if !row.images.is_empty() {
@@ -400,6 +520,10 @@ fn check(row: &StepRow<'_>, bounds: &Bounds) -> Result<(), String> {
     let layers = bounds.layers;
     if row.kv_len.len() != layers || row.block_tables.len() != layers || row.plan.num_layers() != layers {
         return Err(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
+    }
+    let partly = |&len: &usize| packed.is_some_and(|prefix| 0 < len && len < prefix.slots);
+    if let Some(len) = row.kv_len.iter().find(|len| partly(len)) {
+        return Err(format!("{len} slots of KV, fewer than are packed"));
     }
     Ok(())
 }

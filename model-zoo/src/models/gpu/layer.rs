@@ -36,6 +36,7 @@ impl GpuDecoder {
             };
             place_rows(device, (wide, bias, tokens), norms, &attention.places)?;
         }
+        self.pruned.observe(device, (attention.places.q, step.heads), (&self.tables, layer))?;
         let [single, several] = self.tables.items(layer)?;
         attention.decode(device, single, self.splits(step.heads, single.count))?;
         attention.prefill(device, several)?;

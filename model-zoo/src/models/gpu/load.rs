@@ -9,6 +9,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::graphs::Graphs;
+use super::pruned::Pruned;
 use super::scratch::Scratch;
 use super::{GpuDecoder, Layer, Linear, Weights};
 use crate::config::{DecoderConfig, RopeConfig, RopeStyle};
@@ -61,6 +62,7 @@ impl GpuDecoder {
             device,
             weights,
             graphs: Graphs::default(),
+            pruned: Pruned::default(),
             ready: 0,
             host_logits: Vec::new(),
         })

@@ -9,6 +9,7 @@ mod graphs;
 mod layer;
 mod load;
 mod pool;
+mod pruned;
 mod scratch;
 
 use std::ops::Range;
@@ -20,13 +21,14 @@ use crate::kernels::cuda::attention::Attention;
 use crate::kernels::cuda::device::{Buffer, Device, Part};
 use crate::kernels::cuda::ops::{self, Heads, Matrix, Norm, Tokens};
 use crate::kernels::cuda::sampling;
-use crate::kernels::cuda::tables::{Bounds, StepTables};
+use crate::kernels::cuda::tables::{Bounds, Pages, StepTables};
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::models::{CausalLm, Draw, ModelDims};
 use crate::step::StepBatch;
 use crate::{Result, ZooError};
 use graphs::Graphs;
 use pool::Pool;
+use pruned::Pruned;
 use scratch::Scratch;
 
 /// Logit rows that are computed at once.
@@ -41,6 +43,7 @@ pub struct GpuDecoder {
     weights: Weights,
     tables: StepTables,
     scratch: Scratch,
+    pruned: Pruned,
     graphs: Graphs,
     /// Logit rows of the last step that lie in the scratch memory from its beginning on.
     ready: usize,
@@ -134,15 +137,22 @@ impl CausalLm for GpuDecoder {
             return Err(ZooError::Step(format!("pages of layout {layout:?} do not fit this model")));
         }
         self.ready = 0;
-        self.tables.set_block_size(layout.block_size);
+        let prefixes = self.pruned.prefixes(&*self.device, batch, layout)?;
         let mut route = Route::begin(&mut batch.rows);
-        self.tables.lay((&mut *batch, &mut route), kv.num_pages(), graphs::bucket)?;
+        let pages = Pages { count: kv.num_pages(), layout, prefixes: &prefixes };
+        self.tables.lay((&mut *batch, &mut route), pages, graphs::bucket)?;
         let whole = self.tables.is_uniform() && self.tables.num_logits() == batch.rows.len();
         let grown = self.scratch.fit(&*self.device, (&self.tables, heads), self.config.vocab_size)?;
         if self.tables.upload(&*self.device)? || grown {
             self.graphs.clear();
         }
+        self.pruned.clear_sums(
+            &*self.device,
+            (self.tables.observers().len(), self.config.num_layers),
+            layout,
+        )?;
         self.run(&Step { pool, heads, whole })?;
+        self.pruned.take_sums(&*self.device, self.tables.observers(), batch)?;
         self.ready = if whole { self.tables.num_logits() } else { 0 };
         route.finish(&mut batch.rows);
         Ok(())
@@ -306,6 +316,8 @@ impl GpuDecoder {
             out: Part::all(&scratch.mixed),
             scale: self.config.attention_scale,
             window,
+            packed: tables.packed()?,
+            layer,
             scratch: scratch.parts.each_ref().map(Part::all),
         })
     }
