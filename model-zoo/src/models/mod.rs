@@ -7,7 +7,6 @@ pub mod gpu;
 pub mod toy;
 
 use crate::Result;
-use crate::compression::Plan;
 use crate::config::DecoderConfig;
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::models::elastic::ElasticWeights;
@@ -121,7 +120,7 @@ pub trait CausalLm: Send {
         "cpu".into()
     }
 
-    /// Whether it runs on a GPU, where not every compression method does (see [`gpu_refusal`]).
+    /// Whether it runs on a GPU, where calibration does not look on.
     fn is_on_gpu(&self) -> bool {
         false
     }
@@ -135,9 +134,4 @@ pub trait CausalLm: Send {
     fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
         None
     }
-}
-
-/// Why a model on a GPU does not run `plan`, by the name of the method; `None` where it does.
-pub fn gpu_refusal(plan: &Plan) -> Option<&'static str> {
-    plan.ffn().map(|_| "compression.ffn_skip is not run on a GPU by this server; send drop or skip_decode")
 }

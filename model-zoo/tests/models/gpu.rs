@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use model_zoo::compression::calibration::Calibration;
+use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
-use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
+use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
 use model_zoo::eval;
 use model_zoo::kernels::cuda::device::Device;
@@ -13,7 +13,7 @@ use model_zoo::kernels::cuda::emulated::{Emulated, Order};
 use model_zoo::kernels::cuda::fused::fuses;
 use model_zoo::kernels::cuda::ops::Heads;
 use model_zoo::loader::{LoadOptions, Target, build_on, load};
-use model_zoo::models::{CausalLm, Draw, gpu_refusal};
+use model_zoo::models::{CausalLm, Draw};
 use model_zoo::step::LogitRows;
 use model_zoo::weights::RandomWeights;
 
@@ -56,11 +56,11 @@ fn both(
     schedule: &[&[usize]],
 ) -> [Vec<Vec<f32>>; 2] {
     let cpu = load(path, &LoadOptions::default()).unwrap().model;
-    [cpu, on(device, path)].map(|model| run(model, plans, schedule))
+    [cpu, on(device, path)].map(|model| run(model, plans, schedule).0)
 }
 
-/// The logits of all steps.
-fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> Vec<Vec<f32>> {
+/// The logits of all steps, and the states of the sequences after them.
+fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> (Vec<Vec<f32>>, Vec<RowState>) {
     let lens = (0..plans.len()).map(|i| schedule.iter().map(|counts| counts[i]).sum());
     let capacity = lens.max().unwrap_or(0).max(96);
     let mut runner = Runner::of(model, plans.len(), capacity);
@@ -78,7 +78,7 @@ fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> Vec<V
         }
         all.extend(runner.step(chunks).unwrap());
     }
-    all
+    (all, sequences.into_iter().map(|sequence| sequence.state).collect())
 }
 
 const DECODE: &[usize] = &[1, 1, 1];
@@ -176,7 +176,7 @@ fn steps_of_few_tokens_are_one_launch_and_equal_the_cpus() {
         let schedule: Vec<&[usize]> = schedule.iter().map(Vec::as_slice).collect();
         let plans = vec![Plan::dense(config.num_layers); rows];
         let [cpu, gpu] = [Target::Cpu, Target::Device(device)]
-            .map(|target| run(build_on(config.clone(), &weights, &target).unwrap(), &plans, &schedule));
+            .map(|target| run(build_on(config.clone(), &weights, &target).unwrap(), &plans, &schedule).0);
         let found = error(&gpu, &cpu);
         assert!(found < 3e-2, "shape {i}: relative error {found:.2e}");
     }
@@ -198,6 +198,7 @@ fn compile(options: &CompressionOptions) -> Plan {
     let calibration = Calibration {
         attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
         ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
+        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
         ..Calibration::default()
     };
     let offer = Offer { calibration: Some(calibration), ..Offer::default() };
@@ -243,6 +244,52 @@ fn plans_that_drop_and_skip_mix_and_equal_the_cpus() {
         let found = error(&gpu, &cpu);
         assert!(found < 3e-2, "set {i}: relative error {found:.2e}");
     }
+}
+
+#[test]
+fn ffns_are_left_out_as_on_the_cpu() {
+    let folder = write(|_| false);
+    let options = |json: &str| {
+        let options = format!(r#"{{"ffn_skip": {{"target": 0.4, "warmup": 2, {json}}}}}"#);
+        compile(&serde_json::from_str(&options).unwrap())
+    };
+    let alone = |threshold: f32| options(&format!(r#""threshold": {threshold}, "max_skip": 1"#));
+    let together = |threshold: f32, quorum: f32| {
+        options(&format!(r#""threshold": {threshold}, "max_skip": 2, "mode": "batch", "quorum": {quorum}"#))
+    };
+    let dense = Plan::dense(LAYERS);
+    let fixed = [options(r#""selection": "static""#), options(r#""selection": "random""#), dense.clone()];
+    let mut many = vec![alone(0.8), alone(0.5), together(0.5, 0.3), dense.clone()];
+    many.extend((0..7).map(|i| alone(0.6 + 0.05 * i as f32)));
+    let sets = [
+        // A block that all leave out is passed over.
+        vec![alone(-2.0), alone(-2.0), alone(-2.0)],
+        vec![alone(0.9), alone(0.8), alone(0.6)],
+        vec![together(0.7, 0.6), together(0.9, 0.6), dense],
+        vec![together(-2.0, 0.6), together(0.8, 0.6), alone(0.5)],
+        fixed.to_vec(),
+        many,
+    ];
+    let mut left_out = 0;
+    for (i, plans) in sets.into_iter().enumerate() {
+        let mut schedule = vec![vec![20; plans.len()]];
+        schedule.extend(vec![vec![1; plans.len()]; 9]);
+        // Several tokens that nobody has decided about yet, and fewer rows than before.
+        schedule.push([&[3, 1, 0], &vec![1; plans.len() - 3][..]].concat());
+        schedule.push(vec![1; plans.len()]);
+        let schedule: Vec<&[usize]> = schedule.iter().map(Vec::as_slice).collect();
+        let cpu = load(folder.path(), &LoadOptions::default()).unwrap().model;
+        let [cpu, gpu] = [cpu, on(device(i), folder.path())].map(|model| run(model, &plans, &schedule));
+        let found = error(&gpu.0, &cpu.0);
+        assert!(found < 3e-2, "set {i}: relative error {found:.2e}");
+        for (row, (cpu, gpu)) in cpu.1.iter().zip(&gpu.1).enumerate() {
+            assert_eq!(gpu.ffn, cpu.ffn, "set {i}, row {row}");
+            assert_eq!(gpu.sublayers_run, cpu.sublayers_run, "set {i}, row {row}");
+            assert_eq!(gpu.ffns_skipped, cpu.ffns_skipped, "set {i}, row {row}");
+            left_out += cpu.ffns_skipped;
+        }
+    }
+    assert!(left_out > 300, "{left_out} blocks were left out");
 }
 
 /// Logits of prompts of `lens` tokens, in chunks, and of 20 tokens after each, all sequences in every step; then of the
@@ -356,7 +403,7 @@ fn tokens_are_chosen_as_from_the_logits() {
 }
 
 #[test]
-fn a_malformed_step_and_what_is_not_run_are_refused() {
+fn a_malformed_step_and_models_that_are_not_run_are_refused() {
     let path = fixtures().join("llama");
     let mut runner = Runner::of(on(device(0), &path), 2, 32);
     let mut cpu = Runner::new(&path, 2, 32);
@@ -390,10 +437,6 @@ fn a_malformed_step_and_what_is_not_run_are_refused() {
         let says = refused.is_some_and(|error| error.contains("images are not run on a GPU"));
         assert_eq!(says, name == "llava");
     }
-    let skip = r#"{"ffn_skip": {"target": 0.25, "threshold": 0.9}}"#;
-    let plan = compile(&serde_json::from_str(skip).unwrap());
-    assert!(gpu_refusal(&plan).unwrap().starts_with("compression.ffn_skip"));
-    assert_eq!(gpu_refusal(&Plan::dense(2)), None);
 }
 
 #[test]

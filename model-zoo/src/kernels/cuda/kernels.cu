@@ -3,6 +3,8 @@
 
 #include "place.cuh"
 
+#include "ffn.cuh"
+
 #include "skinny.cuh"
 
 #include "rows.cuh"

@@ -11,6 +11,7 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emulated")]
 pub mod emulated;
+pub mod ffn;
 pub mod fused;
 pub mod ops;
 mod page_tables;
@@ -21,3 +22,4 @@ pub mod tables;
 #[cfg(feature = "cuda-emulated")]
 #[cfg(test)]
 mod tests;
+mod watch_tables;

@@ -4,6 +4,7 @@
 //! from [`super::tables::StepTables`], which checks each of them against the step and the pool before it is uploaded.
 
 use super::device::{Device, Gemm, Launch, Output, Part};
+use super::ffn::Skips;
 use super::params::{
     ActivateParams, AddParams, EmbedParams, NormParams, PlaceParams, PlaceRowsParams, RotaryParams,
     SkinnyParams,
@@ -34,6 +35,8 @@ pub struct Tokens {
     pub count: usize,
     /// Where each lies among the step's, `[count]` u32, or [`Part::NONE`] when they are its first ones.
     pub index: Part,
+    /// Which of them the device passes over.
+    pub skips: Option<Skips>,
 }
 
 /// An RMSNorm.
@@ -247,21 +250,28 @@ pub fn add_rows(
     run(device, ("add_rows", 256, 4 * 32), [tokens.count as u32, 1, 1], &params)
 }
 
-/// `out = act(gate) · up`, from rows of interleaved eights to `[count, width]` bf16.
+/// `out = act(gate) · up`, from rows of interleaved eights to `[count, width]` bf16; zeros for tokens that are passed over.
 ///
 /// # Errors
 /// [`ZooError::Device`].
 pub fn activate_rows(
     device: &dyn Device,
     (gate_up, bias): (Part, Part),
-    (out, count, width): (Part, usize, usize),
+    (out, tokens, width): (Part, Tokens, usize),
     kind: Activation,
 ) -> Result<()> {
-    need("gates", gate_up, 4 * count * width)?;
-    need("gated", out, 2 * count * width)?;
-    let (gate_up, bias, out) = (gate_up.pointer(), bias.pointer(), out.pointer());
-    let params = ActivateParams { gate_up, bias, out, width: width as u32, activation: activation(kind) };
-    run(device, ("activate_rows", 256, 0), [count as u32, 1, 1], &params)
+    need("gates", gate_up, 4 * tokens.count * width)?;
+    need("gated", out, 2 * tokens.count * width)?;
+    let params = ActivateParams {
+        gate_up: gate_up.pointer(),
+        bias: bias.pointer(),
+        out: out.pointer(),
+        index: tokens.index.pointer(),
+        width: width as u32,
+        activation: activation(kind),
+        skips: Skips::params(tokens.skips.as_ref()),
+    };
+    run(device, ("activate_rows", 256, 0), [tokens.count as u32, 1, 1], &params)
 }
 
 /// Adds biases, norms heads by `norms` where there are any, turns them, and writes them where they belong.
@@ -349,6 +359,7 @@ pub(super) fn skinny_params(
         activation: 0,
         eps: norm.map_or(0.0, |norm| norm.eps),
         pad: 0,
+        skips: Skips::params(tokens.skips.as_ref()),
         place: bytemuck::Zeroable::zeroed(),
     };
     let out = match after {

@@ -29,15 +29,23 @@ params! {
         q: Pointer, pages: Pointer, table: Pointer, rows: Pointer, within: Pointer, kv_len: Pointer,
         starts: Pointer, tables: Pointer, heads: u32, kv_heads: u32, head_dim: u32, block_size: u32,
     }
+    SkipParams { runs: Pointer, states: Pointer, stride: u32, layer: u32 }
     SkinnyParams {
         weight: Pointer, x: Pointer, norm: Pointer, bias: Pointer, out: Pointer, index: Pointer, rows: u32,
-        cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, place: PlaceParams,
+        cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, skips: SkipParams, place: PlaceParams,
     }
     EmbedParams { table: Pointer, tokens: Pointer, x: Pointer, width: u32, scale: f32 }
     RotaryParams { frequencies: Pointer, positions: Pointer, table: Pointer, half: u32, magnitude: f32 }
     NormParams { x: Pointer, index: Pointer, weight: Pointer, out: Pointer, width: u32, eps: f32 }
     AddParams { y: Pointer, bias: Pointer, norm: Pointer, index: Pointer, x: Pointer, width: u32, eps: f32 }
-    ActivateParams { gate_up: Pointer, bias: Pointer, out: Pointer, width: u32, activation: u32 }
+    ActivateParams {
+        gate_up: Pointer, bias: Pointer, out: Pointer, index: Pointer, width: u32, activation: u32,
+        skips: SkipParams,
+    }
+    WatchParams {
+        x: Pointer, before: Pointer, watched: Pointer, rules: Pointer, tallies: Pointer, states: Pointer,
+        width: u32, stride: u32, layer: u32, pad: u32,
+    }
     PlaceRowsParams {
         qkv: Pointer, bias: Pointer, q_norm: Pointer, k_norm: Pointer, index: Pointer, eps: f32, pad: u32,
         place: PlaceParams,

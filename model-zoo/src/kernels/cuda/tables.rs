@@ -5,11 +5,13 @@
 
 use super::attention::{ITEM_BYTES, Items, PACKED_BYTES};
 use super::device::{Buffer, Device, Part};
+use super::ffn::Watch;
 use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
 use super::pruned::OBSERVED_WORDS;
+use super::watch_tables::WatchTables;
 use crate::compression::Sublayer;
-use crate::compression::route::{Active, Route, Span};
+use crate::compression::route::{Active, Route, Span, Watched};
 use crate::kv_cache::{KvLayout, PackedLayout};
 use crate::step::{LogitRows, StepBatch, StepRow};
 use crate::{Result, ZooError};
@@ -92,6 +94,7 @@ pub struct StepTables {
     observed: Vec<(usize, usize)>,
     /// Rows of the batch that are observed, by the place of their sums.
     observers: Vec<usize>,
+    watch: WatchTables,
 }
 
 /// Which tokens run a sublayer, and the spans of them.
@@ -116,6 +119,7 @@ impl StepTables {
             selections,
             observed: Vec::new(),
             observers: Vec::new(),
+            watch: WatchTables::default(),
         }
     }
 
@@ -145,7 +149,7 @@ impl StepTables {
         let count = batch.num_tokens();
         let rows = batch.rows.iter().enumerate();
         self.observers = rows.filter(|(_, row)| num_observed(row) > 0).map(|(index, _)| index).collect();
-        let actives = self.select(batch, route);
+        let (actives, watched) = self.select(batch, route);
         self.uniform = batch.rows.iter().all(|row| row.tokens.len() == 1)
             && self.observers.is_empty()
             && actives.iter().flatten().all(|(active, _)| !matches!(active, Active::Gather(_)));
@@ -154,6 +158,9 @@ impl StepTables {
         self.words.clear();
         self.words.resize(self.variable(), 0);
         self.lay_tokens(batch, route);
+        let runs: Vec<usize> = actives.iter().map(|[_, (active, _)]| active.count()).collect();
+        let sizes = (self.tokens, self.uniform);
+        self.watch.lay((batch, route), (watched, &runs), sizes, &mut self.words);
         let observed = self.observed(batch, &actives);
         for (layer, [attention, ffn]) in actives.into_iter().enumerate() {
             let before = layer.checked_sub(1).map(|before| self.selections[before]);
@@ -195,15 +202,21 @@ impl StepTables {
         self.part(self.variable() - 1, 1)
     }
 
-    /// What runs where, and the spans of it.
-    fn select(&self, batch: &mut StepBatch<'_>, route: &mut Route) -> Vec<[Selected; 2]> {
+    /// What runs where, and the spans of it; and which tokens may leave out the FFN of each layer.
+    fn select(
+        &self,
+        batch: &mut StepBatch<'_>,
+        route: &mut Route,
+    ) -> (Vec<[Selected; 2]>, Vec<Vec<Watched>>) {
         let mut of = |layer, sublayer| {
             let active = route.select(layer, sublayer, &mut batch.rows);
-            (active, route.spans().to_vec())
+            ((active, route.spans().to_vec()), route.watched().to_vec())
         };
-        (0..self.bounds.layers)
-            .map(|layer| [of(layer, Sublayer::Attention), of(layer, Sublayer::Ffn)])
-            .collect()
+        let of_layer = |layer| {
+            let ((attention, _), (ffn, watched)) = (of(layer, Sublayer::Attention), of(layer, Sublayer::Ffn));
+            ([attention, ffn], watched)
+        };
+        (0..self.bounds.layers).map(of_layer).unzip()
     }
 
     fn lay_tokens(&mut self, batch: &StepBatch<'_>, route: &Route) {
@@ -396,7 +409,35 @@ impl StepTables {
     /// The number of tokens, and of each sublayer's.
     pub fn class(&self) -> Vec<u32> {
         let of_layers = self.selections.iter().flatten().map(|selection| selection.tokens as u32);
-        std::iter::once(self.tokens as u32).chain(of_layers).collect()
+        std::iter::once(self.tokens as u32).chain(of_layers).chain(self.watch.class()).collect()
+    }
+
+    /// The most tokens that may leave out the FFN of a layer, with padding.
+    pub fn most_watched(&self) -> usize {
+        self.watch.most()
+    }
+
+    /// Which tokens may leave out the FFN of `layer`, if there are any.
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn watch(&self, layer: usize) -> Result<Option<Watch>> {
+        self.watch.of(layer, |start, words| self.part(start, words))
+    }
+
+    /// Tells the rows which FFNs their tokens have left out, once the step has run.
+    ///
+    /// # Errors
+    /// [`ZooError::Device`].
+    pub fn tell(&self, device: &dyn Device, batch: &mut StepBatch<'_>, route: &Route) -> Result<()> {
+        if !self.watch.watches() {
+            return Ok(());
+        }
+        let (start, count) = self.watch.states();
+        let mut states = vec![0u32; count];
+        device.download(self.part(start, count)?, bytemuck::cast_slice_mut(&mut states))?;
+        self.watch.tell(&states, batch, route);
+        Ok(())
     }
 
     /// Token ids, `[tokens]`.
@@ -429,7 +470,7 @@ impl StepTables {
     /// As [`StepTables::token_ids`].
     pub fn logits(&self, range: std::ops::Range<usize>) -> Result<Tokens> {
         let index = self.part(4 * self.tokens + range.start, range.len())?;
-        Ok(Tokens { count: range.len(), index })
+        Ok(Tokens { count: range.len(), index, skips: None })
     }
 
     /// KV lengths of a layer, and where its pages begin, `[rows]` each; and all pages.
@@ -475,7 +516,8 @@ impl StepTables {
             Some(start) => self.part(start, selection.tokens)?,
             None => Part::NONE,
         };
-        Ok(Tokens { count: selection.tokens, index })
+        let watch = if sublayer == Sublayer::Ffn { self.watch(layer)? } else { None };
+        Ok(Tokens { count: selection.tokens, index, skips: watch.map(|watch| watch.skips) })
     }
 
     /// Items of the attention of `layer`: rows of one token, and rows of several.
@@ -507,9 +549,6 @@ fn num_observed(row: &StepRow<'_>) -> usize {
 fn check(row: &StepRow<'_>, bounds: &Bounds, packed: Option<&Prefix>) -> Result<(), String> {
     if row.tokens.is_empty() {
         return Err("no tokens".into());
-    }
-    if row.plan.ffn().is_some() {
-        return Err("its plan has a method that the GPU's engine does not run".into());
     }
     if !row.images.is_empty() {
         return Err("images are not shown to models on a GPU".into());

@@ -153,6 +153,7 @@ impl CausalLm for GpuDecoder {
         )?;
         self.run(&Step { pool, heads, whole })?;
         self.pruned.take_sums(&*self.device, self.tables.observers(), batch)?;
+        self.tables.tell(&*self.device, batch, &route)?;
         self.ready = if whole { self.tables.num_logits() } else { 0 };
         route.finish(&mut batch.rows);
         Ok(())

@@ -271,7 +271,7 @@ fn heads_are_normed_turned_and_placed() {
             Places { q: q_part, pages, rotary, rows: owners, within, kv_len, starts, tables, heads: HEADS };
         let w_buffer = halves(device, &w);
         let matrix = Matrix { weight: Part::all(&w_buffer), bias: bias_part, rows: width, cols };
-        let tokens_of = Tokens { count: tokens, index };
+        let tokens_of = Tokens { count: tokens, index, skips: None };
         let norm = |weight| Norm { weight, eps: 1e-5 };
         let qkv = blank(device, 2 * tokens * width);
         let (plain, input) = (Matrix { bias: Part::NONE, ..matrix }, (x, tokens_of, Some(norm(weight))));
