@@ -200,7 +200,6 @@ pub fn base_of(path: &Path) -> Result<Option<Base>> {
 }
 
 fn load_llava(folder: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    options.device.only_cpu("models that see images")?;
     if let Some(base) = base_of(folder)? {
         let Some(path) = &options.base else {
             let model = base.model;

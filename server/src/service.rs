@@ -154,7 +154,8 @@ impl Service {
         let images = Images::new(vision, images, Arc::clone(&metrics), Arc::clone(&energy));
         let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits)
             .governed_by(governor.clone())
-            .metered(energy.source().is_some());
+            .metered(energy.source().is_some())
+            .on_gpu(model.is_on_gpu());
         let parts = EngineParts {
             model,
             encoder_bytes,

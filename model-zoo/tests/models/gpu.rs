@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use model_zoo::compression::calibration::{Calibration, FfnCalibration};
-use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
+use model_zoo::compression::options::{DropLayers, Region, SkipDecode, Vision, VisionBaseline};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
 use model_zoo::eval;
@@ -13,15 +13,16 @@ use model_zoo::kernels::cuda::emulated::{Emulated, Order};
 use model_zoo::kernels::cuda::fused::fuses;
 use model_zoo::kernels::cuda::ops::Heads;
 use model_zoo::loader::{LoadOptions, Target, build_on, load};
-use model_zoo::models::{CausalLm, Draw};
+use model_zoo::models::{CausalLm, Draw, gpu_refusal};
 use model_zoo::step::LogitRows;
+use model_zoo::vision::{ImageEmbeddings, PromptImage};
 use model_zoo::weights::RandomWeights;
 
 use crate::support::{BLOCK_SIZE, Chunk, Runner, Sequence, fixtures};
 use crate::tiny::{LAYERS, write};
 
 /// An emulated device of either order; the machine's GPU where `RHEOSTAT_TEST_GPU` asks for it.
-fn device(index: usize) -> Arc<dyn Device> {
+pub(crate) fn device(index: usize) -> Arc<dyn Device> {
     #[cfg(feature = "cuda")]
     if std::env::var_os("RHEOSTAT_TEST_GPU").is_some() {
         return Arc::new(model_zoo::kernels::cuda::driver::Gpu::open(0).unwrap());
@@ -29,17 +30,17 @@ fn device(index: usize) -> Arc<dyn Device> {
     Arc::new(Emulated::new([Order::Upwards, Order::Downwards][index % 2]))
 }
 
-fn on(device: Arc<dyn Device>, path: &Path) -> Box<dyn CausalLm> {
+pub(crate) fn on(device: Arc<dyn Device>, path: &Path) -> Box<dyn CausalLm> {
     let options = LoadOptions { device: Target::Device(device), ..LoadOptions::default() };
     load(path, &options).unwrap().model
 }
 
-fn tokens(seed: u32, len: usize) -> Vec<u32> {
+pub(crate) fn tokens(seed: u32, len: usize) -> Vec<u32> {
     (0..len as u32).map(|i| 3 + (i * 97 + seed * 31 + i * i * 7) % 250).collect()
 }
 
 /// ‖a − b‖ / ‖b‖ over all rows.
-fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+pub(crate) fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
     assert_eq!(a.len(), b.len());
     let (mut off, mut norm) = (0f64, 0f64);
     for (a, b) in a.iter().flatten().zip(b.iter().flatten()) {
@@ -50,7 +51,7 @@ fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
 }
 
 /// Runs the same steps on both and returns the logits of each. `schedule[step][sequence]` is a number of tokens.
-fn both(
+pub(crate) fn both(
     (path, device): (&Path, Arc<dyn Device>),
     plans: &[Plan],
     schedule: &[&[usize]],
@@ -60,7 +61,11 @@ fn both(
 }
 
 /// The logits of all steps, and the states of the sequences after them.
-fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> (Vec<Vec<f32>>, Vec<RowState>) {
+pub(crate) fn run(
+    model: Box<dyn CausalLm>,
+    plans: &[Plan],
+    schedule: &[&[usize]],
+) -> (Vec<Vec<f32>>, Vec<RowState>) {
     let lens = (0..plans.len()).map(|i| schedule.iter().map(|counts| counts[i]).sum());
     let capacity = lens.max().unwrap_or(0).max(96);
     let mut runner = Runner::of(model, plans.len(), capacity);
@@ -116,7 +121,11 @@ fn every_architecture_equals_the_cpus() {
 }
 
 /// A Llama of these sizes, untrained.
-fn llama((hidden, ffn, layers): (usize, usize, usize), heads: [usize; 2], head_dim: usize) -> DecoderConfig {
+pub(crate) fn llama(
+    (hidden, ffn, layers): (usize, usize, usize),
+    heads: [usize; 2],
+    head_dim: usize,
+) -> DecoderConfig {
     DecoderConfig {
         architecture: "llama".into(),
         hidden_size: hidden,
@@ -194,7 +203,7 @@ fn steps_of_many_rows_are_captured_and_equal_the_cpus() {
     assert!(found < 2e-2, "relative error {found:.2e}");
 }
 
-fn compile(options: &CompressionOptions) -> Plan {
+pub(crate) fn compile(options: &CompressionOptions) -> Plan {
     let calibration = Calibration {
         attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
         ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
@@ -247,140 +256,6 @@ fn plans_that_drop_and_skip_mix_and_equal_the_cpus() {
 }
 
 #[test]
-fn ffns_are_left_out_as_on_the_cpu() {
-    let folder = write(|_| false);
-    let options = |json: &str| {
-        let options = format!(r#"{{"ffn_skip": {{"target": 0.4, "warmup": 2, {json}}}}}"#);
-        compile(&serde_json::from_str(&options).unwrap())
-    };
-    let alone = |threshold: f32| options(&format!(r#""threshold": {threshold}, "max_skip": 1"#));
-    let together = |threshold: f32, quorum: f32| {
-        options(&format!(r#""threshold": {threshold}, "max_skip": 2, "mode": "batch", "quorum": {quorum}"#))
-    };
-    let dense = Plan::dense(LAYERS);
-    let fixed = [options(r#""selection": "static""#), options(r#""selection": "random""#), dense.clone()];
-    let mut many = vec![alone(0.8), alone(0.5), together(0.5, 0.3), dense.clone()];
-    many.extend((0..7).map(|i| alone(0.6 + 0.05 * i as f32)));
-    let sets = [
-        // A block that all leave out is passed over.
-        vec![alone(-2.0), alone(-2.0), alone(-2.0)],
-        vec![alone(0.9), alone(0.8), alone(0.6)],
-        vec![together(0.7, 0.6), together(0.9, 0.6), dense],
-        vec![together(-2.0, 0.6), together(0.8, 0.6), alone(0.5)],
-        fixed.to_vec(),
-        many,
-    ];
-    let mut left_out = 0;
-    for (i, plans) in sets.into_iter().enumerate() {
-        let mut schedule = vec![vec![20; plans.len()]];
-        schedule.extend(vec![vec![1; plans.len()]; 9]);
-        // Several tokens that nobody has decided about yet, and fewer rows than before.
-        schedule.push([&[3, 1, 0], &vec![1; plans.len() - 3][..]].concat());
-        schedule.push(vec![1; plans.len()]);
-        let schedule: Vec<&[usize]> = schedule.iter().map(Vec::as_slice).collect();
-        let cpu = load(folder.path(), &LoadOptions::default()).unwrap().model;
-        let [cpu, gpu] = [cpu, on(device(i), folder.path())].map(|model| run(model, &plans, &schedule));
-        let found = error(&gpu.0, &cpu.0);
-        assert!(found < 3e-2, "set {i}: relative error {found:.2e}");
-        for (row, (cpu, gpu)) in cpu.1.iter().zip(&gpu.1).enumerate() {
-            assert_eq!(gpu.ffn, cpu.ffn, "set {i}, row {row}");
-            assert_eq!(gpu.sublayers_run, cpu.sublayers_run, "set {i}, row {row}");
-            assert_eq!(gpu.ffns_skipped, cpu.ffns_skipped, "set {i}, row {row}");
-            left_out += cpu.ffns_skipped;
-        }
-    }
-    assert!(left_out > 300, "{left_out} blocks were left out");
-}
-
-/// Logits of prompts of `lens` tokens, in chunks, and of 20 tokens after each, all sequences in every step; then of the
-/// first one's last tokens again, in one go over its packed prompt.
-fn run_pruned(model: &mut dyn CausalLm, plans: &[Plan], (lens, chunk): (&[usize], usize)) -> Vec<Vec<f32>> {
-    let most = lens.iter().max().unwrap() + 20;
-    let mut runner = eval::Runner::new(model, plans.len(), most).unwrap();
-    let mut sequences: Vec<_> =
-        plans.iter().enumerate().map(|(slot, plan)| runner.start(slot, plan.clone())).collect();
-    let prompts: Vec<Vec<u32>> = (0..plans.len()).map(|seed| tokens(seed as u32, most)).collect();
-    let mut all = Vec::new();
-    let mut at = vec![0; plans.len()];
-    for _ in 0.. {
-        let next = |i: usize, at: usize| {
-            if at < lens[i] { (at + chunk).min(lens[i]) } else { (at + 1).min(lens[i] + 20) }
-        };
-        let ends: Vec<usize> = at.iter().enumerate().map(|(i, &at)| next(i, at)).collect();
-        let mut chunks = Vec::new();
-        for (i, sequence) in sequences.iter_mut().enumerate().filter(|(i, _)| ends[*i] > at[*i]) {
-            chunks.push(eval::Chunk {
-                sequence,
-                tokens: &prompts[i][at[i]..ends[i]],
-                logits: LogitRows::Last,
-            });
-        }
-        let count = chunks.len();
-        if count == 0 {
-            break;
-        }
-        runner.step(&mut chunks, None).unwrap();
-        let logits = runner.logits(0..count).unwrap();
-        all.extend(logits.chunks_exact(logits.len() / count).map(<[f32]>::to_vec));
-        at = ends;
-    }
-    sequences[0].rewind(lens[0]);
-    let tokens = &prompts[0][lens[0]..lens[0] + 20];
-    let chunk = eval::Chunk { sequence: &mut sequences[0], tokens, logits: LogitRows::All };
-    runner.step(&mut [chunk], None).unwrap();
-    let logits = runner.logits(0..20).unwrap();
-    all.extend(logits.chunks_exact(logits.len() / 20).map(<[f32]>::to_vec));
-    all
-}
-
-#[test]
-fn pruned_keys_equal_the_cpus() {
-    let think = |ratio: f32, recent: usize| {
-        let options = format!(r#"{{"think": {{"ratio": {ratio}, "recent": {recent}}}}}"#);
-        serde_json::from_str::<CompressionOptions>(&options).unwrap()
-    };
-    let shapes = [
-        (llama((64, 128, 6), [4, 2], 16), 0.5),
-        (llama((192, 192, 2), [9, 3], 64), 0.4),
-        // A width that the joint kernel does not take.
-        (llama((120, 192, 2), [4, 1], 32), 0.3),
-    ];
-    for (i, (config, ratio)) in shapes.into_iter().enumerate() {
-        let weights = RandomWeights::of(&config, 0.1);
-        let (layers, head_dim) = (config.num_layers, config.head_dim);
-        let lens = [75, 40, 100, 33];
-        let plan = |index: usize, options: &CompressionOptions| {
-            let offer = Offer::default();
-            let prompt_len = lens[index];
-            let context = Context {
-                num_layers: layers,
-                head_dim,
-                prompt_len,
-                max_tokens: 20,
-                images: &[],
-                offer: &offer,
-            };
-            registry::compile(options, &context).unwrap()
-        };
-        let plans = [
-            plan(0, &think(ratio, 8)),
-            Plan::dense(layers),
-            plan(2, &think(ratio, 32)),
-            plan(3, &think(ratio + 0.3, 0)),
-        ];
-        let device = device(i);
-        for &chunk in [&[100, 24][..], &[24]][usize::from(i > 0)] {
-            let [cpu, gpu] = [Target::Cpu, Target::Device(Arc::clone(&device))].map(|target| {
-                let mut model = build_on(config.clone(), &weights, &target).unwrap();
-                run_pruned(model.as_mut(), &plans, (&lens, chunk))
-            });
-            let found = error(&gpu, &cpu);
-            assert!(found < 3e-2, "shape {i}, chunks of {chunk}: relative error {found:.2e}");
-        }
-    }
-}
-
-#[test]
 fn tokens_are_chosen_as_from_the_logits() {
     let path = fixtures().join("llama");
     let mut runner = Runner::of(on(device(0), &path), 3, 48);
@@ -403,7 +278,7 @@ fn tokens_are_chosen_as_from_the_logits() {
 }
 
 #[test]
-fn a_malformed_step_and_models_that_are_not_run_are_refused() {
+fn a_malformed_step_and_plans_that_are_not_run_are_refused() {
     let path = fixtures().join("llama");
     let mut runner = Runner::of(on(device(0), &path), 2, 32);
     let mut cpu = Runner::new(&path, 2, 32);
@@ -431,12 +306,36 @@ fn a_malformed_step_and_models_that_are_not_run_are_refused() {
         let error = runner.step(vec![chunk]).unwrap_err().to_string();
         assert!(error.contains("device"), "{error}");
     }
-    for name in ["llava", "gguf/llama-q4_1.gguf"] {
-        let options = LoadOptions { device: Target::Device(device(0)), ..LoadOptions::default() };
-        let refused = load(&fixtures().join(name), &options).err().map(|error| error.to_string());
-        let says = refused.is_some_and(|error| error.contains("images are not run on a GPU"));
-        assert_eq!(says, name == "llava");
-    }
+    let wide = Arc::new(ImageEmbeddings::new(4, vec![0.0; 8], [1; 32]));
+    let mut sequence = runner.sequence(32);
+    sequence.images.push(PromptImage { start: 0, embeddings: wide });
+    std::mem::swap(&mut runner.kv, &mut cpu.kv);
+    let chunk = Chunk { sequence: &mut sequence, tokens: &[5], logits: LogitRows::Last };
+    let error = runner.step(vec![chunk]).unwrap_err().to_string();
+    assert!(error.contains("not as wide"), "{error}");
+    let layers = runner.model.dims().num_layers;
+    let embeddings =
+        Arc::new(ImageEmbeddings::new(runner.model.dims().hidden_size, vec![0.5; 6 * 64], [1; 32]));
+    let random = Vision { keep: Some(2), baseline: Some(VisionBaseline::Random), ..Vision::default() };
+    let options = CompressionOptions { vision: Some(random), ..CompressionOptions::default() };
+    let offer = Offer::default();
+    let embeddings = registry::prepare(&options, &offer, vec![embeddings]).unwrap().remove(0);
+    let images = [PromptImage { start: 1, embeddings }];
+    let context = Context {
+        num_layers: layers,
+        head_dim: 16,
+        prompt_len: 9,
+        max_tokens: 9,
+        images: &images,
+        offer: &offer,
+    };
+    let plan = registry::compile(&options, &context).unwrap();
+    assert!(gpu_refusal(&plan).unwrap().starts_with("compression.vision"));
+    assert_eq!(gpu_refusal(&Plan::dense(layers)), None);
+    sequence.plan = plan;
+    let chunk = Chunk { sequence: &mut sequence, tokens: &[5; 8], logits: LogitRows::Last };
+    let error = runner.step(vec![chunk]).unwrap_err().to_string();
+    assert!(error.contains("leaves out image tokens"), "{error}");
 }
 
 #[test]

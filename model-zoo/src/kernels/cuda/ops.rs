@@ -6,8 +6,8 @@
 use super::device::{Device, Gemm, Launch, Output, Part};
 use super::ffn::Skips;
 use super::params::{
-    ActivateParams, AddParams, EmbedParams, NormParams, PlaceParams, PlaceRowsParams, RotaryParams,
-    SkinnyParams,
+    ActivateParams, AddParams, EmbedParams, NormParams, PlaceParams, PlaceRowsParams, PutParams,
+    RotaryParams, SkinnyParams,
 };
 use crate::config::Activation;
 use crate::{Result, ZooError};
@@ -183,6 +183,22 @@ pub(super) fn embed_params(
     need("x", x, 4 * count * width)?;
     let (table, tokens, x) = (table.pointer(), tokens.pointer(), x.pointer());
     Ok(EmbedParams { table, tokens, x, width: width as u32, scale })
+}
+
+/// `x[tokens[i]] = rows[i]`, f32 `[count, width]` to rows of the step.
+///
+/// # Errors
+/// [`ZooError::Device`].
+pub fn put_rows(
+    device: &dyn Device,
+    (rows, tokens, count): (Part, Part, usize),
+    (x, width): (Part, usize),
+) -> Result<()> {
+    need("rows", rows, 4 * count * width)?;
+    need("tokens", tokens, 4 * count)?;
+    let (rows, tokens, x) = (rows.pointer(), tokens.pointer(), x.pointer());
+    let params = PutParams { rows, tokens, x, width: width as u32, pad: 0 };
+    run(device, ("put_rows", 256, 0), [count as u32, 1, 1], &params)
 }
 
 /// cos and sin of `count` positions, times `magnitude`, into `table`, `[count, half, 2]` f32.

@@ -35,6 +35,7 @@ params! {
         cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, skips: SkipParams, place: PlaceParams,
     }
     EmbedParams { table: Pointer, tokens: Pointer, x: Pointer, width: u32, scale: f32 }
+    PutParams { rows: Pointer, tokens: Pointer, x: Pointer, width: u32, pad: u32 }
     RotaryParams { frequencies: Pointer, positions: Pointer, table: Pointer, half: u32, magnitude: f32 }
     NormParams { x: Pointer, index: Pointer, weight: Pointer, out: Pointer, width: u32, eps: f32 }
     AddParams { y: Pointer, bias: Pointer, norm: Pointer, index: Pointer, x: Pointer, width: u32, eps: f32 }

@@ -24,6 +24,22 @@ KERNEL(embed, EmbedParams, 256, 1) {
     for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) embed_one(p, blockIdx.x, i);
 }
 
+struct PutParams {
+    const float *rows;      // [rows, width]
+    const uint32_t *tokens; // [rows]
+    float *x;               // [step tokens, width]
+    uint32_t width, pad;
+};
+
+// x[tokens[i]] = rows[i]; one block a row.
+KERNEL(put_rows, PutParams, 256, 1) {
+    lead();
+    follow();
+    const float *row = p.rows + static_cast<size_t>(blockIdx.x) * p.width;
+    float *x = p.x + static_cast<size_t>(p.tokens[blockIdx.x]) * p.width;
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) x[i] = row[i];
+}
+
 struct RotaryParams {
     const float *frequencies;  // [half], radians a position
     const uint32_t *positions; // [tokens]

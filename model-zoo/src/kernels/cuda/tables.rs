@@ -9,59 +9,16 @@ use super::ffn::Watch;
 use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
 use super::pruned::OBSERVED_WORDS;
+pub use super::step_rows::{Bounds, Pages, Prefix};
+use super::step_rows::{active, check, num_observed, shows};
 use super::watch_tables::WatchTables;
 use crate::compression::Sublayer;
 use crate::compression::route::{Active, Route, Span, Watched};
-use crate::kv_cache::{KvLayout, PackedLayout};
-use crate::step::{LogitRows, StepBatch, StepRow};
+use crate::step::{LogitRows, StepBatch};
 use crate::{Result, ZooError};
 
 /// In place of a row: the token is padding.
 const NO_ROW: u32 = u32::MAX;
-
-/// What indexes are checked against.
-#[derive(Debug, Clone, Copy)]
-pub struct Bounds {
-    /// Decoder layers.
-    pub layers: usize,
-    /// Rows of the embedding.
-    pub vocab: usize,
-    /// Pages of the pool.
-    pub num_pages: usize,
-    /// KV slots of a page.
-    pub block_size: usize,
-}
-
-/// The slots of a row that are packed, its first ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Prefix {
-    /// How many: whole pages' worth.
-    pub slots: usize,
-    /// Channels kept of their keys.
-    pub kept: usize,
-    /// Where the channels lie on the device, `[layers, num_kv_heads, kept]` u8.
-    pub channels: Part,
-}
-
-/// What a step needs to know of the pool and of its rows beside the batch.
-#[derive(Debug, Clone, Copy)]
-pub struct Pages<'a> {
-    /// Pages of the pool.
-    pub count: usize,
-    /// Their geometry.
-    pub layout: KvLayout,
-    /// What is packed of each row.
-    pub prefixes: &'a [Option<Prefix>],
-}
-
-impl Pages<'_> {
-    /// Pages that packing saves a row in a layer.
-    fn saved(&self, row: usize, kv_len: usize) -> usize {
-        let Some(prefix) = self.prefixes[row].filter(|prefix| kv_len >= prefix.slots) else { return 0 };
-        let packed = PackedLayout { layout: self.layout, kept: prefix.kept };
-        (prefix.slots / self.layout.block_size).saturating_sub(packed.num_pages(prefix.slots))
-    }
-}
 
 /// The tokens that run one sublayer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -152,6 +109,7 @@ impl StepTables {
         let (actives, watched) = self.select(batch, route);
         self.uniform = batch.rows.iter().all(|row| row.tokens.len() == 1)
             && self.observers.is_empty()
+            && !batch.rows.iter().any(shows)
             && actives.iter().flatten().all(|(active, _)| !matches!(active, Active::Gather(_)));
         self.tokens = if self.uniform { bucket(count).max(count) } else { count };
         self.rows = if self.uniform { self.tokens } else { batch.rows.len() };
@@ -225,6 +183,8 @@ impl StepTables {
         for &row in route.order() {
             let own = &batch.rows[row];
             for (within, &token) in own.tokens.iter().enumerate() {
+                // What stands for a part of an image is no token of the vocabulary.
+                let token = if own.is_visual(within) { 0 } else { token };
                 let values = [token, (own.first_pos + within) as u32, row as u32, within as u32];
                 for (array, value) in values.into_iter().enumerate() {
                     self.words[array * stride + at] = value;
@@ -531,38 +491,4 @@ impl StepTables {
         };
         Ok([items(single, 1)?, items(several, longest)?])
     }
-}
-
-/// Tokens of the row that write KV in `layer`.
-fn active(row: &StepRow<'_>, layer: usize) -> usize {
-    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
-}
-
-/// Tokens of the row, its last ones, whose queries choose the channels that its keys keep.
-fn num_observed(row: &StepRow<'_>) -> usize {
-    let Some(pruning) = row.plan.pruning().filter(|_| row.state.pruning.keys.is_none()) else { return 0 };
-    let positions = row.first_pos..row.first_pos + row.tokens.len();
-    positions.filter(|&position| pruning.observes(position)).count()
-}
-
-/// What of a row cannot be run, as a sentence's end.
-fn check(row: &StepRow<'_>, bounds: &Bounds, packed: Option<&Prefix>) -> Result<(), String> {
-    if row.tokens.is_empty() {
-        return Err("no tokens".into());
-    }
-    if !row.images.is_empty() {
-        return Err("images are not shown to models on a GPU".into());
-    }
-    if let Some(token) = row.tokens.iter().find(|&&token| token as usize >= bounds.vocab) {
-        return Err(format!("token {token} is outside the vocabulary"));
-    }
-    let layers = bounds.layers;
-    if row.kv_len.len() != layers || row.block_tables.len() != layers || row.plan.num_layers() != layers {
-        return Err(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
-    }
-    let partly = |&len: &usize| packed.is_some_and(|prefix| 0 < len && len < prefix.slots);
-    if let Some(len) = row.kv_len.iter().find(|len| partly(len)) {
-        return Err(format!("{len} slots of KV, fewer than are packed"));
-    }
-    Ok(())
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::graphs::Graphs;
+use super::images::Images;
 use super::pruned::Pruned;
 use super::scratch::Scratch;
 use super::{GpuDecoder, Layer, Linear, Weights};
@@ -63,6 +64,7 @@ impl GpuDecoder {
             weights,
             graphs: Graphs::default(),
             pruned: Pruned::default(),
+            images: Images::default(),
             ready: 0,
             host_logits: Vec::new(),
         })

@@ -6,6 +6,7 @@
 
 mod fused;
 mod graphs;
+mod images;
 mod layer;
 mod load;
 mod pool;
@@ -27,6 +28,7 @@ use crate::models::{CausalLm, Draw, ModelDims};
 use crate::step::StepBatch;
 use crate::{Result, ZooError};
 use graphs::Graphs;
+use images::Images;
 use pool::Pool;
 use pruned::Pruned;
 use scratch::Scratch;
@@ -44,6 +46,7 @@ pub struct GpuDecoder {
     tables: StepTables,
     scratch: Scratch,
     pruned: Pruned,
+    images: Images,
     graphs: Graphs,
     /// Logit rows of the last step that lie in the scratch memory from its beginning on.
     ready: usize,
@@ -151,6 +154,7 @@ impl CausalLm for GpuDecoder {
             (self.tables.observers().len(), self.config.num_layers),
             layout,
         )?;
+        self.images.bring(&*self.device, (batch, &route), self.config.hidden_size)?;
         self.run(&Step { pool, heads, whole })?;
         self.pruned.take_sums(&*self.device, self.tables.observers(), batch)?;
         self.tables.tell(&*self.device, batch, &route)?;
@@ -245,6 +249,7 @@ impl GpuDecoder {
         let x = Part::all(&scratch.x);
         let embedding = Part::all(&self.weights.embedding.weight);
         ops::embed(device, (embedding, tables.token_ids()?), (x, count, width), self.config.embedding_scale)?;
+        self.images.put(device, (x, width))?;
         for (rotary, table) in self.weights.rotary.iter().zip(&scratch.rotary) {
             if let Some((frequencies, magnitude)) = rotary {
                 let frequencies = (Part::all(frequencies), *magnitude);
@@ -325,6 +330,12 @@ impl GpuDecoder {
 
     /// What tables of this model's steps are checked against.
     fn bounds(config: &DecoderConfig) -> Bounds {
-        Bounds { layers: config.num_layers, vocab: config.vocab_size, num_pages: 0, block_size: 16 }
+        Bounds {
+            layers: config.num_layers,
+            vocab: config.vocab_size,
+            hidden: config.hidden_size,
+            num_pages: 0,
+            block_size: 16,
+        }
     }
 }
