@@ -38,6 +38,11 @@ pub struct Items {
     pub longest: usize,
 }
 
+/// Warps of a block of prefill attention, of sixteen queries each (see `prefill.cuh`).
+fn prefill_warps(dim: usize) -> usize {
+    if dim > 64 && dim <= 128 { 6 } else { 4 }
+}
+
 /// Bytes of an item.
 pub const ITEM_BYTES: usize = 16;
 
@@ -121,7 +126,9 @@ impl Attention {
         let words = |width: usize| (width / 2 + 15) / 32 * 32 + 16;
         let shared = 2 * 4 * (64 * words(heads.dim) + heads.dim * words(64));
         let queries = items.longest * (heads.queries / heads.kv);
-        let grid = [queries.div_ceil(64) as u32, heads.kv as u32, items.count as u32];
-        run(device, (self.kernel(names)?, 128, shared), grid, &self.params(items.items))
+        let warps = prefill_warps(heads.dim);
+        let blocks = queries.div_ceil(16 * warps) as u32;
+        let grid = [blocks, heads.kv as u32, items.count as u32];
+        run(device, (self.kernel(names)?, 32 * warps as u32, shared), grid, &self.params(items.items))
     }
 }

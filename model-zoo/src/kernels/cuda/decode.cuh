@@ -5,41 +5,10 @@
 // dealt to the warps of up to `splits` blocks in turn; the last block to finish joins their parts.
 #pragma once
 #include "async.cuh"
+#include "attended.cuh"
 #include "common.cuh"
 
-// Consecutive tokens of one row.
-struct Item {
-    uint32_t token;  // its first token, among those that run the sublayer
-    uint32_t row;    // or NO_ROW
-    uint32_t first;  // index of that token among the row's
-    uint32_t len;    // tokens
-};
-
-// The slots of a row that were packed (pruned.cuh), the first ones.
-struct Packed {
-    uint32_t channels[2];  // which channels of keys they have, [layers, kv_heads, kept] bytes: the address's low and high word
-    uint32_t slots, kept;  // how many, and channels of their keys; 0 where there are none
-    uint32_t saved;        // pages that the slots would take less their own
-};
-
-struct AttentionParams {
-    const bf16 *q;          // [tokens, heads, head_dim]
-    bf16 *out;              // [tokens, heads, head_dim]
-    const bf16 *pages;      // see place.cuh
-    const Item *items;
-    const uint32_t *kv_len; // [rows]: slots held before the step, in this layer
-    const uint32_t *starts; // [rows]: where its pages begin in `tables`, less `saved` where slots are packed
-    const uint32_t *tables;
-    const Packed *packed;   // [rows]
-    float *parts;           // [items, kv heads, 16-head groups, splits, heads of the group, head_dim + 2], where splits > 1
-    uint32_t *done;         // [items, kv heads, groups]: blocks that have finished; zero between launches
-    uint32_t heads, kv_heads, block_size, window;  // a window of 0 sees all
-    float scale;            // times log2(e)
-    uint32_t layer;
-};
-
-// Warps of a block, and units of sixteen slots that make another block worth it.
-constexpr unsigned DECODE_WARPS = 4, DECODE_UNITS = 8;
+constexpr unsigned DECODE_WARPS = 4;
 
 // exp2(from - to), where nothing has been seen yet: 0.
 DEVICE float shrink(float from, float to) { return from == -INFINITY ? 0.0f : exp2_fast(from - to); }
@@ -54,7 +23,9 @@ DEVICE uint32_t first_channel(int step, uint32_t t) {
 // Rows of a warp's sixteen queries: operands of the product with K, four channels of a lane at a time.
 template <int D>
 struct Queries {
+    static constexpr int DIM = D;
     uint32_t a[D / 16][4];
+    uint32_t channels[D / 16];  // for packed units: four bytes, each a channel, of each step
 
     // `row(i)` is where row `i` of the tile lies, or null.
     template <class Row>
@@ -71,32 +42,32 @@ struct Queries {
             }
         }
     }
-    // The same of `kept` of the channels, a multiple of eight; zeros after them.
+    // Of a row's packed keys: `kept` of them, a multiple of eight.
+    DEVICE void load_channels(const unsigned char *from, uint32_t kept) {
+#pragma unroll
+        for (int step = 0; step < D / 16; step++) {
+            const uint32_t at = first_channel<D>(step, threadIdx.x % 4);
+            channels[step] = at < kept ? load_global<uint32_t>(from + at) : 0u;
+        }
+    }
+    // The same of these channels; zeros after them.
     template <class Row>
-    DEVICE void load_rows(Row row, const unsigned char *channels, uint32_t kept) {
+    DEVICE void load_rows(Row row, uint32_t kept) {
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
-            const uint32_t at = first_channel<D>(step, t);
-            const uint32_t four = at < kept ? load_global<uint32_t>(channels + at) : 0u;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const bf16 *q = row(g + 8 * half);
-                const bool has = q != nullptr && at < kept;
-                auto value = [&](int i) -> uint32_t { return has ? load_global<bf16>(q + (four >> 8 * i & 0xFF)) : 0u; };
+                const bool has = q != nullptr && first_channel<D>(step, t) < kept;
+                auto value = [&](int i) -> uint32_t {
+                    return has ? load_global<bf16>(q + (channels[step] >> 8 * i & 0xFF)) : 0u;
+                };
                 a[step][half] = value(0) | value(1) << 16;
                 a[step][half + 2] = value(2) | value(3) << 16;
             }
         }
     }
-};
-
-// Values that lie side by side, but for pages: from the `cut`th on they are another page's.
-struct Run {
-    const bf16 *first, *second;
-    uint32_t cut;
-
-    DEVICE const bf16 *at(uint32_t i) const { return (i < cut ? first : second) + i; }
 };
 
 // Sixteen slots of one KV head, on the way from memory: their keys' channels as the product's operands, and their values.
@@ -125,23 +96,42 @@ struct Unit {
         }
     }
 
-    // The same of packed slots, whose keys have `kept` channels.
-    DEVICE void fetch_keys(const Run &run, uint32_t kept) {
+    // The same of packed slots, whose keys have `kept` channels; `at(i)` is where their i-th value lies.
+    template <class At>
+    DEVICE void fetch_keys(At at, uint32_t kept) {
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const uint32_t key = (4 * (g / 2) + g % 2 + 2 * n) * kept;
 #pragma unroll
             for (int step = 0; step < D / 16; step++) {
-                const uint32_t at = first_channel<D>(step, t);
-                k[n][step] = at < kept ? load_once8(run.at(key + at)) : make_uint2(0, 0);
+                const uint32_t channel = first_channel<D>(step, t);
+                const bool has = channel < kept;
+                if constexpr (D % 32 == 0) {
+                    if (step % 2 == 1) continue;
+                    const uint4 both = has ? load_once16(at(key + channel)) : make_uint4(0, 0, 0, 0);
+                    k[n][step] = make_uint2(both.x, both.y);
+                    k[n][step + 1] = make_uint2(both.z, both.w);
+                } else {
+                    k[n][step] = has ? load_once8(at(key + channel)) : make_uint2(0, 0);
+                }
             }
         }
     }
-    DEVICE void fetch_values(const Run &run) {
+    template <class At>
+    DEVICE void fetch_values(At at) {
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) v[n] = load_once8(run.at((8 * n + g) * 16 + 4 * t));
+        for (int n = 0; n < D / 8; n++) v[n] = load_once8(at((8 * n + g) * 16 + 4 * t));
+    }
+    // Most runs do not go on in another page.
+    DEVICE void fetch_packed_keys(const Run &run, uint32_t kept) {
+        if (run.cut >= 16 * kept) fetch_keys([&](uint32_t i) { return run.first + i; }, kept);
+        else fetch_keys([&](uint32_t i) { return run.at(i); }, kept);
+    }
+    DEVICE void fetch_packed_values(const Run &run) {
+        if (run.cut >= 16 * D) fetch_values([&](uint32_t i) { return run.first + i; });
+        else fetch_values([&](uint32_t i) { return run.at(i); });
     }
 
     // `first` is the first slot's value in the first channel.
@@ -173,6 +163,21 @@ struct DecodeWarp {
             for (int step = 0; step < D / 16; step++) {
                 const uint2 k = key(n, step);
                 mma(s[n], q.a[step], {k.x, k.y});
+            }
+        }
+    }
+
+    // The same, where `key(n, pair)` gives the operands of two steps.
+    template <class Key>
+    DEVICE void score_pairs(const Queries<D> &q, Key key) {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+#pragma unroll
+            for (int pair = 0; pair < D / 32; pair++) {
+                const uint4 k = key(n, pair);
+                mma(s[n], q.a[2 * pair], {k.x, k.y});
+                mma(s[n], q.a[2 * pair + 1], {k.z, k.w});
             }
         }
     }
@@ -262,81 +267,6 @@ DEVICE void join_parts(const float *parts, uint32_t count, uint32_t heads, float
     }
 }
 
-// Where a block of decode attention is: which item, which of `kv_heads * ceil(group / 16)` groups of heads, and which of
-// the `splits` of its slots.
-struct DecodePlace {
-    uint32_t item, head_group, split, splits;
-};
-
-// The attention of one token by the query heads of a group, as far as the step's tables tell it.
-struct Attended {
-    Item item;
-    uint32_t kv_head, head0, heads;  // the first of its query heads, and how many
-    uint32_t held, begin, end;       // slots held before the step, and those that are seen
-    uint32_t packed, kept, saved;    // units that are packed, channels of their keys, and pages that this saves
-    uint32_t start;                  // where the pages begin, less those saved
-    const uint32_t *tables;
-    const unsigned char *channels;   // of packed keys
-
-    // Reads what no kernel of the step writes. False where the token is padding.
-    DEVICE bool read(const AttentionParams &p, uint32_t index, uint32_t head_group) {
-        item = load_global<Item>(p.items + index);
-        if (item.row == NO_ROW) return false;
-        const uint32_t group = p.heads / p.kv_heads, tiles = (group + 15) / 16, tile = head_group % tiles;
-        kv_head = head_group / tiles;
-        head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
-        held = load_global<uint32_t>(p.kv_len + item.row);
-        tables = p.tables, start = load_global<uint32_t>(p.starts + item.row);
-        const Packed *own = p.packed + item.row;
-        const uint32_t slots = load_global<uint32_t>(&own->slots);
-        packed = 0;
-        if (slots != 0 && held >= slots) {
-            packed = slots / 16, kept = load_global<uint32_t>(&own->kept), saved = load_global<uint32_t>(&own->saved);
-            const uint64_t low = load_global<uint32_t>(own->channels), high = load_global<uint32_t>(own->channels + 1);
-            channels = reinterpret_cast<const unsigned char *>(low | high << 32) +
-                       static_cast<size_t>(p.layer * p.kv_heads + kv_head) * kept;
-        }
-        end = held + item.first + 1;
-        begin = p.window != 0 && end > p.window ? end - p.window : 0;
-        return true;
-    }
-    DEVICE uint32_t units() const { return (end + 15) / 16 - begin / 16; }
-    // Blocks that share the slots: few slots are not worth many, for what joins them costs more.
-    DEVICE uint32_t shared_by(uint32_t most) const { return min(most, (units() + DECODE_UNITS - 1) / DECODE_UNITS); }
-
-    // The page of dense slots `index * block_size` and on. Words wrap around where pages are saved.
-    DEVICE uint32_t page_at(uint32_t index) const { return load_global<uint32_t>(tables + static_cast<uint32_t>(start + index)); }
-    // `lines` lines of a packed head from line `first` of the row's on, of pages of `values` values.
-    DEVICE Run packed_run(const AttentionParams &p, uint32_t first, uint32_t lines, uint32_t values) const {
-        const uint32_t page = first / (values / 16), line = first % (values / 16);
-        Run run = {page_of_values(p, saved + page, values) + line * 16, nullptr, 16 * (values / 16 - line)};
-        run.second = line + lines > values / 16 ? page_of_values(p, saved + page + 1, values) - run.cut : run.first;
-        return run;
-    }
-    DEVICE const bf16 *page_of_values(const AttentionParams &p, uint32_t index, uint32_t values) const {
-        return p.pages + static_cast<size_t>(page_at(index)) * values;
-    }
-    // Keys, then values, of a packed unit.
-    template <int D>
-    DEVICE Run packed_keys(const AttentionParams &p, uint32_t unit) const {
-        return packed_run(p, unit * p.kv_heads * (kept + D) + kv_head * kept, kept, 2 * p.kv_heads * D * p.block_size);
-    }
-    template <int D>
-    DEVICE Run packed_values(const AttentionParams &p, uint32_t unit) const {
-        return packed_run(p, unit * p.kv_heads * (kept + D) + p.kv_heads * kept + kv_head * D, D,
-                          2 * p.kv_heads * D * p.block_size);
-    }
-
-    // For packed units, or for others.
-    template <int D>
-    DEVICE void load_queries(Queries<D> &q, const AttentionParams &p, bool pruned) const {
-        const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * D;
-        auto row = [&](uint32_t row) { return row < heads ? own + row * D : nullptr; };
-        if (pruned) q.load_rows(row, channels, kept);
-        else q.load_rows(row);
-    }
-};
-
 // A block's share of it.
 template <int D>
 struct DecodeJob : Attended {
@@ -346,23 +276,25 @@ struct DecodeJob : Attended {
 
     uint32_t splits;        // blocks that share the slots
     uint32_t unit, stride;  // of the warp: its first unit, and how far its next one is
-    uint32_t page, next;    // of those two
+    PackedPlace page, next;  // where those two lie; of units that are not packed the page is the first one
     bool idle, fetched;
     Unit<D> slots;
+    Queries<D> q;
 
-    DEVICE uint32_t page_of(const AttentionParams &p, uint32_t unit) const {
-        return unit * 16 < end && unit >= packed ? page_at(unit * 16 / p.block_size) : 0u;
+    DEVICE PackedPlace page_of(const AttentionParams &p, uint32_t unit) const {
+        if (unit < packed) return packed_place<D>(p, unit);
+        return {0, unit * 16 < end ? page_at(unit * 16 / p.block_size) : 0u, 0};
     }
     DEVICE static size_t half_page(const AttentionParams &p) {
         return static_cast<size_t>(p.kv_heads) * D * p.block_size;
     }
     DEVICE void fetch_keys(const AttentionParams &p, uint32_t unit) {
-        if (unit < packed) return slots.fetch_keys(packed_keys<D>(p, unit), kept);
-        slots.fetch_keys(p.pages + page * 2 * half_page(p) + (kv_head * p.block_size + unit * 16 % p.block_size) * D);
+        if (unit < packed) return slots.fetch_packed_keys(packed_keys<D>(p, page), kept);
+        slots.fetch_keys(p.pages + page.first * 2 * half_page(p) + (kv_head * p.block_size + unit * 16 % p.block_size) * D);
     }
-    DEVICE void fetch_values(const AttentionParams &p, uint32_t unit, uint32_t page) {
-        if (unit < packed) return slots.fetch_values(packed_values<D>(p, unit));
-        const bf16 *head = p.pages + (page * 2 + 1) * half_page(p) + static_cast<size_t>(kv_head) * D * p.block_size;
+    DEVICE void fetch_values(const AttentionParams &p, uint32_t unit, PackedPlace page) {
+        if (unit < packed) return slots.fetch_packed_values(packed_values<D>(p, page));
+        const bf16 *head = p.pages + (page.first * size_t(2) + 1) * half_page(p) + static_cast<size_t>(kv_head) * D * p.block_size;
         slots.fetch_values(head + unit * 16 % p.block_size, p.block_size);
     }
 
@@ -377,6 +309,7 @@ struct DecodeJob : Attended {
         stride = splits * WARPS;
         unit = begin / 16 + at.split * WARPS + threadIdx.x / 32;
         page = page_of(p, unit), next = page_of(p, unit + stride);
+        load_channels(q);
         fetched = unit * 16 + 16 <= held;
         if (fetched) {
             fetch_keys(p, unit);
@@ -385,7 +318,6 @@ struct DecodeJob : Attended {
     }
 
     DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
-        Queries<D> q;
         bool pruned = unit < packed;
         load_queries(q, p, pruned);
         state.clear();
@@ -396,7 +328,7 @@ struct DecodeJob : Attended {
         for (; unit * 16 < end; unit += stride) {
             if (pruned && unit >= packed) load_queries(q, p, pruned = false);
             state.score(q, [&](int n, int step) { return slots.k[n][step]; });
-            const uint32_t own_page = page;
+            const PackedPlace own_page = page;
             const bool more = (unit + stride) * 16 < end;
             page = next;
             next = page_of(p, unit + 2 * stride);

@@ -115,28 +115,31 @@ DEVICE void copy_run(Barrier &full, bf16 *to, const Run &run, uint32_t values) {
     if (near < values) full.copy(to + near, run.second + near, (values - near) * 2);
 }
 
-// Brings the slots of the block's share of attention that lay there before the step.
+// Brings the slots of the block's share of attention that lay there before the step: each lane of the copying warp a
+// unit's keys or values.
 template <int D, class Next>
 DEVICE void fused_fill_slots(const Stage &stage, Next next) {
     using Job = FusedJob<D>;
+    static_assert(2 * Job::UNITS <= 32, "a lane for each copy");
     const AttentionParams &p = stage.attention;
+    const uint32_t lane = threadIdx.x % 32, own = lane / 2, values = lane % 2;
     for (uint32_t i = blockIdx.x; i < stage.tokens * stage.head_groups * stage.splits; i += gridDim.x) {
         Job job = {};
         job.read(stage, i);
         if (job.idle) continue;
         for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS) {
             const uint32_t end = min(unit + Job::UNITS, job.whole);
+            // Where the lane's copy comes from is known before there is room for it.
+            const bool has = unit + own < end, pruned = unit + own < job.packed;
+            Run run = {nullptr, nullptr, 0xFFFFFFFFu};
+            if (has && pruned) {
+                const PackedPlace place = job.template packed_place<D>(p, unit + own);
+                run = values ? job.template packed_values<D>(p, place) : job.template packed_keys<D>(p, place);
+            } else if (has) {
+                run.first = job.keys(p, unit + own) + (values ? Job::to_values(p) : 0);
+            }
             next(job.size(unit, end) * 2, [&](Barrier &full, bf16 *piece) {
-                for (uint32_t u = unit; u < end; u++, piece += Job::UNIT) {
-                    if (u < job.packed) {
-                        copy_run(full, piece, job.template packed_keys<D>(p, u), 16 * job.kept);
-                        copy_run(full, piece + 16 * D, job.template packed_values<D>(p, u), 16 * D);
-                        continue;
-                    }
-                    const bf16 *keys = job.keys(p, u);
-                    full.copy(piece, keys, Job::UNIT);
-                    full.copy(piece + 16 * D, keys + Job::to_values(p), Job::UNIT);
-                }
+                if (has) copy_run(full, piece + own * Job::UNIT + values * 16 * D, run, 16 * (pruned && !values ? job.kept : D));
             });
         }
     }
@@ -148,13 +151,15 @@ DEVICE void fused_fill(const FusedParams &p, Ring ring) {
     // The oldest piece that may still be under way, and how many were asked for.
     Ring oldest = ring;
     uint32_t asked = 0;
+    const bool leads = threadIdx.x % 32 == 0;
     auto next = [&](uint32_t bytes, auto copy) {
         if (++asked > p.ahead) {
             ring.memory.full[oldest.slot].wait(oldest.phase);
             oldest.next();
         }
         ring.memory.empty[ring.slot].wait(ring.phase ^ 1);
-        ring.memory.full[ring.slot].announce(bytes);
+        if (leads) ring.memory.full[ring.slot].announce(bytes);
+        __syncwarp();
         copy(ring.memory.full[ring.slot], ring.piece());
         ring.next();
     };
@@ -165,7 +170,9 @@ DEVICE void fused_fill(const FusedParams &p, Ring ring) {
         const TiledMatrix matrix = {p.maps + s, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
         for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
             for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS)
-                next(TILE_BYTES, [&](Barrier &full, bf16 *piece) { full.copy(piece, matrix, row, group); });
+                next(TILE_BYTES, [&](Barrier &full, bf16 *piece) {
+                    if (leads) full.copy(piece, matrix, row, group);
+                });
     }
 }
 
@@ -318,13 +325,17 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
     const uint32_t all = stage.tokens * stage.head_groups * stage.splits;
     uint32_t i = blockIdx.x;
     Job job = {};
+    Queries<D> q;
+    auto read = [&]() {
+        job.read(stage, i);
+        if (!job.idle) job.load_channels(q);
+    };
     // Before the stage before this one has ended everywhere: no kernel writes what this reads.
-    if (i < all) job.read(stage, i);
+    if (i < all) read();
     meeting.await();
     for (; i < all; i += gridDim.x) {
-        if (i != blockIdx.x) job.read(stage, i);
+        if (i != blockIdx.x) read();
         if (job.idle) continue;
-        Queries<D> q;
         bool pruned = job.first < job.packed;
         job.load_queries(q, p, pruned);
         DecodeWarp<D> state;
@@ -337,14 +348,16 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
                  mine += FUSED_WARPS) {
                 const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
                 if (pruned && mine >= job.packed) job.load_queries(q, p, pruned = false);
-                if (pruned) {
-                    state.score(q, [&](int n, int step) {
-                        const uint32_t at = first_channel<D>(step, t), key = (4 * (g / 2) + g % 2 + 2 * n) * job.kept + at;
-                        return at < job.kept ? load<uint2>(keys + key) : make_uint2(0, 0);
+                const uint32_t row = 4 * (g / 2) + g % 2, width = pruned ? job.kept : D;
+                if constexpr (D % 32 == 0) {
+                    state.score_pairs(q, [&](int n, int pair) {
+                        const uint32_t at = 32 * pair + 8 * t;
+                        return at < width ? load<uint4>(keys + (row + 2 * n) * width + at) : make_uint4(0, 0, 0, 0);
                     });
                 } else {
                     state.score(q, [&](int n, int step) {
-                        return load<uint2>(keys + (4 * (g / 2) + g % 2 + 2 * n) * D + first_channel<D>(step, t));
+                        const uint32_t at = first_channel<D>(step, t);
+                        return at < width ? load<uint2>(keys + (row + 2 * n) * width + at) : make_uint2(0, 0);
                     });
                 }
                 state.add([&](int n) { return load<uint2>(values + (8 * n + g) * 16 + 4 * t); }, mine * 16, job.begin,
@@ -397,7 +410,7 @@ DEVICE void fused_step(const FusedParams &p) {
     }
     __syncthreads();
     if (threadIdx.x / 32 == FUSED_WARPS) {
-        if (threadIdx.x % 32 == 0) fused_fill<D>(p, ring);
+        fused_fill<D>(p, ring);
         return;
     }
     copy_stage(memory.stages[p.from % 2], p.stages + p.from);

@@ -1,12 +1,14 @@
 // Attention of several tokens of a row over its pages, causal, by tiles.
 //
-// A block takes 64 queries of one KV head: tokens and the heads that share it, so that every K and V serves all of
+// A block takes 64 or 96 queries of one KV head: tokens and the heads that share it, so that every K and V serves all of
 // them. Tiles of 64 slots come from the pages through shared memory, the next one while this one is computed.
 #pragma once
 #include "common.cuh"
 #include "decode.cuh"
 
-constexpr unsigned PREFILL_WARPS = 4, TILE = 64;
+constexpr unsigned TILE = 64;
+// As many warps as registers allow: they hide each other's latencies.
+constexpr uint32_t prefill_warps(int dim) { return dim > 64 && dim <= 128 ? 6 : 4; }
 
 // Words of a row of `width` bf16 in shared memory: 16 more than a multiple of 32, so that two neighbouring rows, which
 // eight lanes read together, lie in different banks.
@@ -14,6 +16,7 @@ constexpr uint32_t row_words(uint32_t width) { return (width / 2 + 15) / 32 * 32
 
 template <int D>
 struct PrefillTile {
+    static constexpr uint32_t PREFILL_WARPS = prefill_warps(D);
     static constexpr uint32_t K_ROW = 2 * row_words(D), V_ROW = 2 * row_words(TILE);
     static constexpr uint32_t LEN = TILE * K_ROW + D * V_ROW;  // bf16 of K and V
 
@@ -136,6 +139,7 @@ DEVICE void prefill(const AttentionParams &p) {
     lead();
     follow();
     using Shape = PrefillTile<D>;
+    constexpr uint32_t PREFILL_WARPS = Shape::PREFILL_WARPS;
     SHARED(bf16, tiles);  // [2][Shape::LEN]
     const Item item = p.items[blockIdx.z];
     const uint32_t group = p.heads / p.kv_heads, kv_head = blockIdx.y;
@@ -203,12 +207,12 @@ DEVICE void prefill(const AttentionParams &p) {
     }
 }
 
-#define PREFILL(D) \
-    KERNEL(prefill_##D, AttentionParams, PREFILL_WARPS * 32, 1) { prefill<D>(p); }
+#define PREFILL(D, blocks) \
+    KERNEL(prefill_##D, AttentionParams, prefill_warps(D) * 32, blocks) { prefill<D>(p); }
 
-PREFILL(16)
-PREFILL(32)
-PREFILL(64)
-PREFILL(96)
-PREFILL(128)
-PREFILL(256)
+PREFILL(16, 2)
+PREFILL(32, 2)
+PREFILL(64, 3)
+PREFILL(96, 2)
+PREFILL(128, 2)
+PREFILL(256, 1)
