@@ -11,6 +11,8 @@
 
 #include "fused.cuh"
 
+#include "stack.cuh"
+
 #include "prefill.cuh"
 
 #include "sample.cuh"

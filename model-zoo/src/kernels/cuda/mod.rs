@@ -16,6 +16,7 @@ pub mod ops;
 mod page_tables;
 mod params;
 pub mod sampling;
+pub mod stack;
 pub mod tables;
 #[cfg(feature = "cuda-emulated")]
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod attention;
 mod products;
 mod rows;
 mod sampling;
+mod stack;
 
 use half::bf16;
 
