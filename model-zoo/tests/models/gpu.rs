@@ -20,7 +20,7 @@ use crate::support::{BLOCK_SIZE, Chunk, Runner, Sequence, fixtures};
 use crate::tiny::{LAYERS, write};
 
 /// An emulated device of either order; the machine's GPU where `RHEOSTAT_TEST_GPU` asks for it.
-fn device(index: usize) -> Arc<dyn Device> {
+pub(crate) fn device(index: usize) -> Arc<dyn Device> {
     #[cfg(feature = "cuda")]
     if std::env::var_os("RHEOSTAT_TEST_GPU").is_some() {
         return Arc::new(model_zoo::kernels::cuda::driver::Gpu::open(0).unwrap());
@@ -33,12 +33,12 @@ fn on(device: Arc<dyn Device>, path: &Path) -> Box<dyn CausalLm> {
     load(path, &options).unwrap().model
 }
 
-fn tokens(seed: u32, len: usize) -> Vec<u32> {
+pub(crate) fn tokens(seed: u32, len: usize) -> Vec<u32> {
     (0..len as u32).map(|i| 3 + (i * 97 + seed * 31 + i * i * 7) % 250).collect()
 }
 
 /// ‖a − b‖ / ‖b‖ over all rows.
-fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+pub(crate) fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
     assert_eq!(a.len(), b.len());
     let (mut off, mut norm) = (0f64, 0f64);
     for (a, b) in a.iter().flatten().zip(b.iter().flatten()) {

@@ -11,6 +11,8 @@ mod configs;
 mod download;
 #[cfg(feature = "cuda-emulated")]
 mod gpu;
+#[cfg(feature = "cuda-emulated")]
+mod gpu_levels;
 mod llava;
 mod logits;
 mod must_drop;

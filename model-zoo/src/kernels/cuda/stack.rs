@@ -334,14 +334,14 @@ fn memory(tiles: usize, units: usize) -> usize {
 ///
 /// # Errors
 /// [`ZooError::Device`].
-pub fn whole(device: &dyn Device, stack: &Stack<'_>, blocks: usize, out: Part) -> Result<()> {
+pub fn whole(device: &dyn Device, stack: &Stack<'_>, blocks: u32, out: Part) -> Result<()> {
     stack.check()?;
     need("matrix", out, 2 * stack.rows() * stack.cols)?;
     let rows = |parts: &[StackPart]| parts.iter().map(|part| part.rows).sum();
     let first = |index: usize| if stack.eights { 8 * index } else { rows(&stack.parts[..index]) };
     let params = StackWholeParams {
         out: out.pointer(),
-        blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
+        blocks,
         cols: stack.cols as u32,
         eights: u32::from(stack.eights),
         count: stack.parts.len() as u32,

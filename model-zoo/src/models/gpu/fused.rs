@@ -8,7 +8,7 @@ use crate::kernels::cuda::fused::{Program, fuses};
 use crate::kernels::cuda::ops::After;
 
 impl GpuDecoder {
-    /// Whether the step that lies in the tables can be one launch: few tokens of a plain Llama.
+    /// Whether the step that lies in the tables can be one launch: few tokens of a plain Llama in bf16.
     pub(super) fn fuses(&self, step: &Step) -> bool {
         let plain = |layer: &super::Layer| layer.qk_norm.is_none() && layer.post_norms.is_none();
         let widths = [self.config.hidden_size, self.weights.ffn];
@@ -16,6 +16,7 @@ impl GpuDecoder {
             && self.weights.layers.iter().all(plain)
             && self.weights.rotary[1].is_none()
             && self.device.shard().size == 1
+            && self.levels.is_none()
     }
 
     /// The step as one launch. What it does is what [`GpuDecoder::launch`] does.

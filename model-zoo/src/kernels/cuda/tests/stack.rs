@@ -252,7 +252,7 @@ fn the_whole_matrix_is_the_sum_of_the_levels_that_are_used() {
             for blocks in [0, 4, 9, 1000] {
                 let stack = bench.stack();
                 let out = blank(&*device, 2 * stack.rows() * stack.cols);
-                whole(&*device, &stack, blocks as usize, Part::all(&out)).unwrap();
+                whole(&*device, &stack, blocks, Part::all(&out)).unwrap();
                 let expected = joint(&bench.cases, (bench.eights, bench.cols), blocks);
                 let what = format!("shape {seed}, {blocks} blocks, {device:?}");
                 assert_close(&read_halves(&*device, &out), &expected, 3e-3, &what);
