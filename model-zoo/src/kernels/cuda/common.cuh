@@ -53,6 +53,31 @@ DEVICE uint32_t pack(float first, float second) {
 }
 DEVICE bf16 to_bf16(float value) { return static_cast<bf16>(pack(value, 0.0f)); }
 
+// a & mask | bits, as one instruction.
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+#ifdef __CUDACC__
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+    return result;
+#else
+    return (a & mask) | bits;
+#endif
+}
+
+// An f16 from its bits.
+DEVICE float half_to_float(uint32_t bits) {
+#ifdef __CUDACC__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(bits)));
+    return value;
+#else
+    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const float sign = bits >> 15 & 1 ? -1.0f : 1.0f;
+    if (exponent == 31) return sign * (mantissa != 0 ? NAN : INFINITY);
+    return sign * (exponent == 0 ? ldexpf(mantissa, -24) : ldexpf(mantissa + 1024, static_cast<int>(exponent) - 25));
+#endif
+}
+
 // Sixteen bytes that are read once: past the first cache.
 DEVICE uint4 load_stream(const void *at) {
 #ifdef __CUDACC__
@@ -177,12 +202,7 @@ DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    mma_emulated(c, a, b, [](uint32_t pair, bool second) {
-        const uint32_t bits = second ? pair >> 16 : pair & 0xFFFFu, exponent = bits >> 10 & 31, mantissa = bits & 1023;
-        const float sign = bits >> 15 ? -1.0f : 1.0f;
-        if (exponent == 31) return sign * (mantissa != 0 ? NAN : INFINITY);
-        return sign * (exponent == 0 ? ldexpf(mantissa, -24) : ldexpf(mantissa + 1024, static_cast<int>(exponent) - 25));
-    });
+    mma_emulated(c, a, b, [](uint32_t pair, bool second) { return half_to_float(second ? pair >> 16 : pair); });
 #endif
 }
 

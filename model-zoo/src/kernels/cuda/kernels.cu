@@ -13,6 +13,8 @@
 
 #include "stack.cuh"
 
+#include "stack_one.cuh"
+
 #include "prefill.cuh"
 
 #include "sample.cuh"

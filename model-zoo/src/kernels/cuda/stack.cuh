@@ -3,7 +3,8 @@
 //
 // Weights are made where they are used: the tensor cores multiply a tile of A with one of B, the tile is rounded to bf16
 // in registers, takes its signs from the bits of one word, and is the operand of the product with the activations, as it
-// lies. So signs are all that memory brings in bulk, and a tile costs the same for one token as for eight.
+// lies. So signs are all that memory brings in bulk, and a tile costs the same for two tokens as for eight. One token
+// alone has a cheaper way (stack_one.cuh).
 //
 // A token uses the levels whose `from` is at most its own count of blocks; for those that it does not use its activations
 // are zeros. What it adds up, and in which order, does not depend on the tokens beside it.
@@ -40,6 +41,8 @@ struct StackParams {
 };
 
 constexpr uint32_t STACK_WARPS = 8, STACK_THREADS = STACK_WARPS * 32, STACK_TILES = 4, STACK_GROUPS = 4;
+// Words of a row of activations in a block's memory: it ends where the next one's banks begin.
+constexpr uint32_t STACK_ROW = STACK_GROUPS * 8 + 1;
 constexpr uint32_t SIGN_BITS = 0x80008000u;
 
 // Where a level's arrays lie.
@@ -88,7 +91,7 @@ DEVICE void stack_chunk(float (&sums)[STACK_TILES][TILES][4], const uint4 *signs
         for (uint32_t half = 0; half < 2; half++) {
             uint4 v[TILES];
 #pragma unroll
-            for (uint32_t tile = 0; tile < TILES; tile++) v[tile] = x[tile * 8 * (STACK_GROUPS * 8 + 1) + group * 8 + half];
+            for (uint32_t tile = 0; tile < TILES; tile++) v[tile] = x[tile * 8 * STACK_ROW + group * 8 + half];
 #pragma unroll
             for (uint32_t k = 2 * half; k < 2 * half + 2; k++) {
                 uint4 b[UNITS];
@@ -116,39 +119,46 @@ DEVICE void stack_chunk(float (&sums)[STACK_TILES][TILES][4], const uint4 *signs
 template <uint32_t TILES, uint32_t UNITS>
 struct StackMemory {
     static constexpr uint32_t LEFT = STACK_WARPS * STACK_TILES * UNITS * 32, SIGNS = STACK_WARPS * STACK_GROUPS * 32;
-    // A token's row of activations ends where the next one's banks begin.
-    static constexpr uint32_t RIGHT = STACK_GROUPS * 4 * UNITS * 32, X_ROW = STACK_GROUPS * 8 + 1, X = TILES * 8 * X_ROW;
-    uint4 *left, *signs, *right, *x;
+    static constexpr uint32_t RIGHT = STACK_GROUPS * 4 * UNITS * 32, X = TILES * 8 * STACK_ROW;
+    uint4 *left, *signs, *right, *x, *end;
 
     DEVICE explicit StackMemory(uint4 *memory) {
-        left = memory, signs = left + 2 * LEFT, right = signs + 2 * SIGNS, x = right + 2 * RIGHT;
+        left = memory, signs = left + 2 * LEFT, right = signs + 2 * SIGNS, x = right + 2 * RIGHT, end = x + 2 * X;
     }
 };
 
-// Up to 8 `TILES` tokens times 512 rows of a part (blockIdx.x) and a share of the columns (blockIdx.y).
+// A block's share of a product: 512 rows of a part (blockIdx.x) and some chunks of the columns (blockIdx.y). Unit u of its
+// work is a chunk of a level: all its chunks of the first level, then those of the next.
 template <uint32_t TILES, uint32_t UNITS>
-DEVICE void stack_few(const StackParams &p) {
+struct StackBlock {
     using Memory = StackMemory<TILES, UNITS>;
-    lead();
-    SHARED(uint4, memory_start);
-    const Memory memory(memory_start);
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const StackPart &part = stack_part(p.parts, p.count, blockIdx.x);
-    const uint32_t group = (blockIdx.x - part.first_block) * STACK_WARPS + warp;
-    const bool has = group < (part.rows + 63) / 64;
-    const uint32_t columns = (p.cols + 63) / 64, chunks = (columns + STACK_GROUPS - 1) / STACK_GROUPS;
-    const uint32_t begin = blockIdx.y * chunks / gridDim.y, own = (blockIdx.y + 1) * chunks / gridDim.y - begin;
-    // A lane knows the blocks of one token.
-    const uint32_t blocks = lane < p.tokens ? p.blocks[p.index != nullptr ? p.index[lane] : lane] : 0;
-    uint32_t most = blocks, levels = 0;
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) most = max(most, __shfl_xor_sync(FULL, most, bit));
-    while (levels < part.levels && part.entries[levels].from <= most) levels++;
+    const StackParams &p;
+    const StackPart &part;
+    const Memory memory;
+    uint32_t warp, lane, group, columns, begin, own, blocks, units;
+    bool has;
 
-    auto width = [&](uint32_t chunk) { return min(STACK_GROUPS, columns - STACK_GROUPS * chunk); };
-    // Unit u is a chunk of a level: all chunks of the first level, then those of the next.
-    auto bring_weights = [&](uint32_t u) {
-        const uint32_t number = u / own, chunk = begin + u % own, at = u % 2, count = width(chunk);
+    DEVICE StackBlock(const StackParams &params, uint4 *start)
+        : p(params), part(stack_part(params.parts, params.count, blockIdx.x)), memory(start) {
+        warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        group = (blockIdx.x - part.first_block) * STACK_WARPS + warp;
+        has = group < (part.rows + 63) / 64;
+        columns = (p.cols + 63) / 64;
+        const uint32_t chunks = (columns + STACK_GROUPS - 1) / STACK_GROUPS;
+        begin = blockIdx.y * chunks / gridDim.y, own = (blockIdx.y + 1) * chunks / gridDim.y - begin;
+        // A lane knows the blocks of one token.
+        blocks = lane < p.tokens ? p.blocks[p.index != nullptr ? p.index[lane] : lane] : 0;
+        uint32_t most = blocks, levels = 0;
+#pragma unroll
+        for (int bit = 1; bit < 32; bit *= 2) most = max(most, __shfl_xor_sync(FULL, most, bit));
+        while (levels < part.levels && part.entries[levels].from <= most) levels++;
+        units = levels * own;
+    }
+    // Sixty-fours of columns of unit `u`.
+    DEVICE uint32_t width(uint32_t u) const { return min(STACK_GROUPS, columns - STACK_GROUPS * (begin + u % own)); }
+
+    DEVICE void bring_weights(uint32_t u) const {
+        const uint32_t number = u / own, chunk = begin + u % own, at = u % 2, count = width(u);
         const StackLevel<UNITS> level(part.entries[number].level, part.rows, p.cols);
         if (has) {
             const uint4 *signs = level.signs + (static_cast<size_t>(group) * columns + STACK_GROUPS * chunk) * 32 + lane;
@@ -162,46 +172,70 @@ DEVICE void stack_few(const StackParams &p) {
         const uint4 *right = level.right + static_cast<size_t>(chunk) * Memory::RIGHT;
         for (uint32_t i = threadIdx.x; i < count * 4 * UNITS * 32; i += STACK_THREADS)
             copy_async(memory.right + at * Memory::RIGHT + i, right + i);
-    };
-    auto bring_x = [&](uint32_t u) {
+    }
+    // Activations; zeros past the columns and of tokens that do not use the level.
+    DEVICE void bring_x(uint32_t u) const {
         const uint32_t from = part.entries[u / own].from, column = (begin + u % own) * STACK_GROUPS * 64 + lane * 8;
 #pragma unroll
         for (uint32_t i = 0; i < TILES; i++) {
             const uint32_t token = warp + 8 * i, allowed = __shfl_sync(FULL, blocks, token);
-            uint4 *to = memory.x + u % 2 * Memory::X + token * Memory::X_ROW + lane;
+            uint4 *to = memory.x + u % 2 * Memory::X + token * STACK_ROW + lane;
             if (token < p.tokens && from <= allowed && column < p.cols)
                 copy_async(to, p.x + static_cast<size_t>(token) * p.cols + column);
             else
                 *to = make_uint4(0, 0, 0, 0);
         }
-    };
-    float sums[STACK_TILES][TILES][4] = {};
-    bring_weights(0);
-    follow();
-    bring_x(0);
-    commit_copies();
-    for (uint32_t u = 0; u < levels * own; u++) {
-        if (u + 1 < levels * own) bring_weights(u + 1), bring_x(u + 1);
-        commit_copies();
-        wait_copies<1>();
-        __syncthreads();
-        const uint32_t at = u % 2;
-        const uint4 *left = memory.left + u / own % 2 * Memory::LEFT + warp * STACK_TILES * UNITS * 32 + lane;
-        const uint4 *signs = memory.signs + at * Memory::SIGNS + warp * STACK_GROUPS * 32 + lane;
-        const uint4 *x = memory.x + at * Memory::X + g * Memory::X_ROW + t * 2;
-        if (has)
-            stack_chunk<TILES, UNITS>(sums, signs, left, memory.right + at * Memory::RIGHT + lane, x, width(begin + u % own));
-        __syncthreads();
     }
-    if (!has) return;
+    DEVICE void begin_first() const {
+        bring_weights(0);
+        follow();
+        bring_x(0);
+        commit_copies();
+    }
+    // Unit `u` is there, and the next one on its way.
+    DEVICE void turn(uint32_t u) const {
+        wait_copies<0>();
+        __syncthreads();
+        if (u + 1 < units) bring_weights(u + 1), bring_x(u + 1);
+        commit_copies();
+    }
+    // The warp's own, of unit `u`.
+    DEVICE const uint4 *left(uint32_t u) const {
+        return memory.left + u / own % 2 * Memory::LEFT + warp * STACK_TILES * UNITS * 32 + lane;
+    }
+    DEVICE const uint4 *signs(uint32_t u) const {
+        return memory.signs + u % 2 * Memory::SIGNS + warp * STACK_GROUPS * 32 + lane;
+    }
+    DEVICE const uint4 *right(uint32_t u) const { return memory.right + u % 2 * Memory::RIGHT + lane; }
+    DEVICE const uint4 *x(uint32_t u) const { return memory.x + u % 2 * Memory::X; }
+    // Where the sums of a token begin.
+    DEVICE float *sums(uint32_t token) const {
+        return p.sums + (static_cast<size_t>(blockIdx.y) * p.tokens + token) * p.width + part.first_sum + group * 64;
+    }
+};
+
+// Up to 8 `TILES` tokens.
+template <uint32_t TILES, uint32_t UNITS>
+DEVICE void stack_few(const StackParams &p) {
+    lead();
+    SHARED(uint4, memory);
+    const StackBlock<TILES, UNITS> block(p, memory);
+    const uint32_t g = block.lane / 4, t = block.lane % 4;
+    float sums[STACK_TILES][TILES][4] = {};
+    block.begin_first();
+    for (uint32_t u = 0; u < block.units; u++) {
+        block.turn(u);
+        if (!block.has) continue;
+        const uint4 *x = block.x(u) + g * STACK_ROW + t * 2;
+        stack_chunk<TILES, UNITS>(sums, block.signs(u), block.left(u), block.right(u), x, block.width(u));
+    }
+    if (!block.has) return;
 #pragma unroll
     for (uint32_t i = 0; i < STACK_TILES; i++)
 #pragma unroll
         for (uint32_t j = 0; j < TILES * 4; j++) {
-            const uint32_t token = j / 4 * 8 + 2 * t + j % 2, row = group * 64 + i * 16 + g + j % 4 / 2 * 8;
-            if (token >= p.tokens) continue;
-            p.sums[(static_cast<size_t>(blockIdx.y) * p.tokens + token) * p.width + part.first_sum + row] =
-                sums[i][j / 4][j % 4];
+            const uint32_t token = j / 4 * 8 + 2 * t + j % 2;
+            if (token < p.tokens) block.sums(token)[i * 16 + g + j % 4 / 2 * 8] = sums[i][j / 4][j % 4];
         }
 }
 

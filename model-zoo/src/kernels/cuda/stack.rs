@@ -16,8 +16,11 @@ pub const STACK_TOKENS: usize = 32;
 const PARTS: usize = 3;
 /// Warps of a block, the groups of 64 columns that it takes at once, and the bytes of a unit.
 const WARPS: usize = 8;
+const THREADS: u32 = 32 * WARPS as u32;
 const CHUNK: usize = 4;
 const UNIT: usize = 512;
+/// Bytes of a token's activations in a block's memory.
+const ROW: usize = 16 * (CHUNK * 8 + 1);
 
 /// A level in device memory, as kernels look it up.
 #[repr(C)]
@@ -208,10 +211,15 @@ impl Stack<'_> {
         self.parts.iter().map(|part| part.rows.next_multiple_of(64)).sum()
     }
 
+    /// Blocks of `rows` rows.
+    fn blocks(&self, rows: usize) -> usize {
+        self.parts.iter().map(|part| part.rows.div_ceil(rows)).sum()
+    }
+
     /// Blocks that share the columns of a matrix: as many as fill the device best. Not a matter of the tokens, whose
     /// sums they order.
     fn splits(&self, device: &dyn Device) -> usize {
-        let blocks: usize = self.parts.iter().map(|part| part.rows.div_ceil(64 * WARPS)).sum();
+        let blocks = self.blocks(64 * WARPS);
         let chunks = self.cols.div_ceil(64 * CHUNK);
         let slots = 2 * device.multiprocessors() as usize;
         let time = |splits: &usize| (blocks * splits).div_ceil(slots) * chunks.div_ceil(*splits);
@@ -261,54 +269,63 @@ impl Stack<'_> {
 }
 
 /// The product of `stack` with up to [`STACK_TOKENS`] tokens, each with its own levels; then `after`. `sums` is scratch
-/// memory (see [`Stack::sums_bytes`]). A token's result does not depend on the others.
+/// memory (see [`Stack::sums_bytes`]). Among two tokens or more a result does not depend on which they are and how many;
+/// of one alone it is rounded elsewhere.
 ///
 /// # Errors
 /// [`ZooError::Device`].
 pub fn few(device: &dyn Device, stack: &Stack<'_>, input: Input, (sums, after): (Part, After)) -> Result<()> {
     let Input { x, tokens, blocks } = input;
-    let count = tokens.count;
+    let Tokens { count, index } = tokens;
     stack.check()?;
     if count > STACK_TOKENS {
         return Err(ZooError::Device(format!("{count} tokens for a kernel of {STACK_TOKENS}")));
     }
     need("x", x, 2 * count * stack.cols)?;
     need("sums", sums, stack.sums_bytes(device, count))?;
-    need("blocks", blocks, if tokens.index.is_empty() { 4 * count } else { 4 })?;
-    need("index", tokens.index, if tokens.index.is_empty() { 0 } else { 4 * count })?;
+    need("blocks", blocks, if index.is_empty() { 4 * count } else { 4 })?;
+    need("index", index, if index.is_empty() { 0 } else { 4 * count })?;
     if count == 0 {
         return Ok(());
     }
     let splits = stack.splits(device) as u32;
-    let parts = stack.parts(64 * WARPS, |index| stack.first_sum(index));
     let params = StackParams {
         x: x.pointer(),
         sums: sums.pointer(),
         blocks: blocks.pointer(),
-        index: tokens.index.pointer(),
+        index: index.pointer(),
         cols: stack.cols as u32,
         tokens: count as u32,
         width: stack.width() as u32,
         count: stack.parts.len() as u32,
-        parts,
+        parts: stack.parts(64 * WARPS, |index| stack.first_sum(index)),
     };
-    let (kernel, tiles) = match (count <= 8, stack.units) {
-        (true, 1) => ("stack_8", 1),
-        (false, 1) => ("stack_32", 4),
-        (true, _) => ("stack_8_deep", 1),
-        (false, _) => ("stack_32_deep", 4),
+    // One token alone takes a way of its own, which keeps rows of B like those of eight tokens or sixteen.
+    let (kernels, tiles, extra) = match count {
+        1 => (["stack_1", "stack_1_deep"], 1, 2 * stack.units),
+        2..=8 => (["stack_8", "stack_8_deep"], 1, 0),
+        _ => (["stack_32", "stack_32_deep"], 4, 0),
     };
-    let rows: usize = stack.parts.iter().map(|part| part.rows.div_ceil(64 * WARPS)).sum();
-    let threads = 32 * WARPS as u32;
-    run(device, (kernel, threads, memory(tiles, stack.units)), [rows as u32, splits, 1], &params)?;
-    let join = StackJoinParams {
-        sums: sums.pointer(),
+    let (kernel, shared) = (kernels[stack.units - 1], memory(tiles, stack.units) + extra * 8 * ROW);
+    run(device, (kernel, THREADS, shared), [stack.blocks(64 * WARPS) as u32, splits, 1], &params)?;
+    join(device, stack, (&params, splits), (tokens, after))
+}
+
+/// Adds up what the blocks of [`few`] have summed, and does what comes after.
+fn join(
+    device: &dyn Device,
+    stack: &Stack<'_>,
+    (few, splits): (&StackParams, u32),
+    (tokens, after): (Tokens, After),
+) -> Result<()> {
+    let params = StackJoinParams {
+        sums: few.sums,
         splits,
-        tokens: count as u32,
-        width: stack.width() as u32,
+        tokens: few.tokens,
+        width: few.width,
         eights: u32::from(stack.eights),
-        rows: [parts[0].rows, parts[1].rows],
-        first: parts.map(|part| part.first_sum),
+        rows: [few.parts[0].rows, few.parts[1].rows],
+        first: few.parts.map(|part| part.first_sum),
         pad: 0,
         skinny: after_params((stack.rows(), stack.bias), tokens, after)?,
     };
@@ -320,14 +337,13 @@ pub fn few(device: &dyn Device, stack: &Stack<'_>, input: Input, (sums, after): 
         After::Add(_) => "stack_join_add",
     };
     let pairs = stack.rows().div_ceil(16) * 8;
-    run(device, (kernel, threads, 0), [pairs.div_ceil(32 * WARPS) as u32, count as u32, 1], &join)
+    run(device, (kernel, THREADS, 0), [pairs.div_ceil(32 * WARPS) as u32, few.tokens, 1], &params)
 }
 
 /// Bytes of a block's memory for so many tiles of eight tokens and sixteens of the rank.
 fn memory(tiles: usize, units: usize) -> usize {
     let (left, signs) = (WARPS * 4 * units * 32, WARPS * CHUNK * 32);
-    let (right, x) = (CHUNK * 4 * units * 32, tiles * 8 * (CHUNK * 8 + 1));
-    2 * 16 * (left + signs + right + x)
+    2 * (16 * (left + signs + CHUNK * 4 * units * 32) + tiles * 8 * ROW)
 }
 
 /// The levels that `blocks` blocks of the model's stack have of `stack`, added up, `[rows, cols]` bf16, to `out`.
@@ -348,6 +364,6 @@ pub fn whole(device: &dyn Device, stack: &Stack<'_>, blocks: u32, out: Part) -> 
         parts: stack.parts(16 * WARPS, first),
     };
     let kernel = if stack.units == 1 { "stack_whole" } else { "stack_whole_deep" };
-    let rows: usize = stack.parts.iter().map(|part| part.rows.div_ceil(16 * WARPS)).sum();
-    run(device, (kernel, 32 * WARPS as u32, 0), [rows as u32, stack.cols.div_ceil(64) as u32, 1], &params)
+    let grid = [stack.blocks(16 * WARPS) as u32, stack.cols.div_ceil(64) as u32, 1];
+    run(device, (kernel, THREADS, 0), grid, &params)
 }

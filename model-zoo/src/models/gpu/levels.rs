@@ -20,7 +20,7 @@ use crate::kernels::cuda::stack::{
 use crate::models::elastic::ElasticWeights;
 use crate::models::levels::{Stack, matrices};
 use crate::step::StepRow;
-use crate::weights::levels::{LevelSource, StoredLevel};
+use crate::weights::levels::{LevelEntry, LevelSource, StoredLevel};
 use crate::{Result, ZooError};
 
 /// See the module.
@@ -54,7 +54,7 @@ pub(super) struct LevelScratch {
 struct Placed {
     shape: LevelShape,
     layout: DeviceLevel,
-    /// Which of its rows comes where; as they are without.
+    /// Which of its rows comes where, once its joint matrix is known.
     order: Vec<usize>,
     first_entry: usize,
     /// By level: the blocks that a token has which uses it.
@@ -85,6 +85,22 @@ impl Joint {
     }
 }
 
+/// Where the matrices of `source` have their entries, and the sixteens of the largest rank.
+fn place(source: &dyn LevelSource) -> Result<(HashMap<String, Placed>, usize)> {
+    let found = matrices(source)?;
+    found.values().try_for_each(|(shape, _)| shape.check())?;
+    let units = found.values().map(|(shape, _)| shape.rank.div_ceil(16)).max().unwrap_or(1);
+    let mut placed = HashMap::new();
+    let mut first_entry = 0;
+    for (name, (shape, places)) in found {
+        let from = std::iter::once(0).chain(places.iter().map(|&place| place as u32 + 1)).collect();
+        let layout = DeviceLevel { units, ..DeviceLevel::of(shape) };
+        placed.insert(name, Placed { shape, layout, order: Vec::new(), first_entry, from });
+        first_entry += 1 + places.len();
+    }
+    Ok((placed, units))
+}
+
 impl Levels {
     /// The levels of `source`, of which nothing is held yet. Blocks are those of its stack.
     ///
@@ -94,39 +110,29 @@ impl Levels {
         if device.shard().size > 1 {
             return Err(ZooError::Unsupported("BitStack weights on more than one GPU".into()));
         }
-        let found = matrices(&*source)?;
-        found.values().try_for_each(|(shape, _)| shape.check())?;
-        let units = found.values().map(|(shape, _)| shape.rank.div_ceil(16)).max().unwrap_or(1);
-        let mut placed = HashMap::new();
-        let mut first_entry = 0;
-        for (name, (shape, places)) in found {
-            let from = std::iter::once(0).chain(places.iter().map(|&place| place as u32 + 1)).collect();
-            let layout = DeviceLevel { units, ..DeviceLevel::of(shape) };
-            placed.insert(name, Placed { shape, layout, order: Vec::new(), first_entry, from });
-            first_entry += 1 + places.len();
-        }
-        let bytes_of = |name: &str| placed[name].layout.bytes();
+        let (matrices, units) = place(&*source)?;
+        let bytes_of = |entry: &LevelEntry| matrices[&entry.matrix].layout.bytes();
         let all = source.base().iter().chain(source.stack());
-        let total: usize = all.clone().map(|entry| bytes_of(&entry.matrix)).sum();
-        let memory = device.reserve(total)?;
-        let mut entries = vec![0u8; ENTRY_BYTES * first_entry];
+        let memory = device.reserve(all.clone().map(bytes_of).sum())?;
+        let num_entries = matrices.values().map(|matrix| matrix.from.len()).sum::<usize>();
+        let mut entries = vec![0u8; ENTRY_BYTES * num_entries];
         let mut level = memory.address();
         for entry in all {
-            let Placed { first_entry, from, layout, .. } = &placed[&entry.matrix];
+            let Placed { first_entry, from, .. } = &matrices[&entry.matrix];
             let own = Entry { level, from: from[entry.level], pad: 0 }.bytes();
             entries[ENTRY_BYTES * (first_entry + entry.level)..][..ENTRY_BYTES].copy_from_slice(&own);
-            level += layout.bytes() as u64;
+            level += bytes_of(entry) as u64;
         }
         let buffer = device.alloc(entries.len())?;
         device.upload(Part::all(&buffer), &entries)?;
-        let stack = Stack::new(source, 0, |entry| bytes_of(&entry.matrix) as u64);
+        let stack = Stack::new(source, 0, |entry| matrices[&entry.matrix].layout.bytes() as u64);
         let scratch = LevelScratch { sums: device.alloc(0)?, whole: device.alloc(0)? };
         Ok(Self {
             stack,
             device: Arc::clone(device),
             memory,
             entries: buffer,
-            matrices: placed,
+            matrices,
             units,
             services: Vec::new(),
             blocks: device.alloc(0)?,
@@ -298,8 +304,9 @@ impl Levels {
     }
 }
 
-/// Every token's K and V may be shared, sampled or not: which way a product is made depends on the tokens of its step and
-/// not on whose they are, and either way rounds each weight once, to bf16, as dense products of few and of many tokens do.
+/// K and V of every token may be shared, sampled or not: which way a product is made follows from the step and not from
+/// whose its tokens are, and each way rounds a weight, or what it is multiplied by, once to bf16. Tokens that are computed
+/// again in other company get other last bits, as they do from dense weights, and nothing more.
 impl ElasticWeights for GpuDecoder {
     fn num_blocks(&self) -> usize {
         self.levels.as_ref().map_or(0, |levels| levels.stack.num_blocks())

@@ -136,35 +136,26 @@ impl GpuDecoder {
         };
         let own: Vec<u32> = own.into_iter().map(|blocks| matrix.joint.effective(blocks)).collect();
         let size = if output == Output::Half { 2 } else { 4 };
-        let inputs = |range: &Range<usize>| x.slice(2 * range.start * cols, 2 * range.len() * cols);
-        let outputs = |range: &Range<usize>| out.slice(size * range.start * rows, size * range.len() * rows);
         for tile in tiles(&own) {
-            match tile {
-                Tile::Few(range) => {
-                    let part = |words: Part| words.slice(4 * range.start, 4 * range.len());
-                    let blocks = matrix.levels.blocks()?;
-                    let (index, blocks) = match tokens.index.is_empty() {
-                        true => (Part::NONE, part(blocks)?),
-                        false => (part(tokens.index)?, blocks),
-                    };
-                    let tokens = Tokens { count: range.len(), index };
-                    let input = Input { x: inputs(&range)?, tokens, blocks };
-                    let out = outputs(&range)?;
-                    let after = if output == Output::Half { After::Half(out) } else { After::Float(out) };
-                    few(&*self.device, &stack, input, (Part::all(&matrix.levels.scratch.sums), after))?;
-                }
-                Tile::Many(range, blocks) => {
-                    let weight = Part::all(&matrix.levels.scratch.whole);
-                    whole(&*self.device, &stack, blocks, weight)?;
-                    let matrix = Matrix { weight, bias: Part::NONE, rows, cols };
-                    product(
-                        &*self.device,
-                        &matrix,
-                        (inputs(&range)?, range.len()),
-                        (outputs(&range)?, output),
-                    )?;
-                }
+            let (Tile::Few(range) | Tile::Many(range, _)) = &tile;
+            let x = x.slice(2 * range.start * cols, 2 * range.len() * cols)?;
+            let out = out.slice(size * range.start * rows, size * range.len() * rows)?;
+            if let Tile::Many(_, blocks) = tile {
+                let weight = Part::all(&matrix.levels.scratch.whole);
+                whole(&*self.device, &stack, blocks, weight)?;
+                let whole = Matrix { weight, bias: Part::NONE, rows, cols };
+                product(&*self.device, &whole, (x, range.len()), (out, output))?;
+                continue;
             }
+            let words = |words: Part| words.slice(4 * range.start, 4 * range.len());
+            let blocks = matrix.levels.blocks()?;
+            let (index, blocks) = match tokens.index.is_empty() {
+                true => (Part::NONE, words(blocks)?),
+                false => (words(tokens.index)?, blocks),
+            };
+            let input = Input { x, tokens: Tokens { count: range.len(), index }, blocks };
+            let after = if output == Output::Half { After::Half(out) } else { After::Float(out) };
+            few(&*self.device, &stack, input, (Part::all(&matrix.levels.scratch.sums), after))?;
         }
         Ok(())
     }

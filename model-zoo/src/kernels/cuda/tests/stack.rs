@@ -177,8 +177,11 @@ impl<'a> Bench<'a> {
 
 /// Ranks of one unit and of two, whole and not; columns in one chunk and in several, whole and not; rows in one block and
 /// in two; parts; from 1 to 32 tokens of different levels.
-const SHAPES: [Shape<'_>; 7] = [
+const SHAPES: [Shape<'_>; 10] = [
     (&[37], false, 32, 8, 1, &[0]),
+    (&[72, 72], true, 672, 16, 4, &[9]),
+    (&[24, 9, 9], false, 352, 24, 3, &[4]),
+    (&[530], false, 576, 32, 2, &[20]),
     (&[130], false, 288, 16, 4, &[9, 0, 18]),
     (&[48, 16, 16], false, 352, 16, 3, &[4, 3, 10, 0, 11, 100, 4, 9]),
     (&[72, 72], true, 96, 24, 3, &[10, 10, 4, 0, 3]),
@@ -236,10 +239,14 @@ fn a_token_gets_the_same_bits_beside_tokens_of_other_levels() {
         let rows = bench.stack().rows();
         // By the kernel of up to 32 tokens and the one of up to 8.
         let together = bench.floats(&bench.all());
+        let expected = bench.expected();
         for token in [0, 5, 6, 12] {
-            let own = &together[token * rows..(token + 1) * rows];
-            assert_eq!(bench.floats(&[token]), own, "token {token}");
-            assert_eq!(bench.floats(&[4, token, 1])[rows..2 * rows], *own, "token {token} beside others");
+            let own = token * rows..(token + 1) * rows;
+            assert_eq!(bench.floats(&[token, token])[..rows], together[own.clone()], "token {token}");
+            let beside = bench.floats(&[4, token, 1]);
+            assert_eq!(beside[rows..2 * rows], together[own.clone()], "token {token} beside others");
+            // Alone it goes another way.
+            assert_close(&bench.floats(&[token]), &expected[own], 4e-3, &format!("token {token} alone"));
         }
     }
 }
