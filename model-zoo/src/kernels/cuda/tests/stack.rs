@@ -34,7 +34,7 @@ impl Case {
         let from = |level: u32| if level == 0 { 0 } else { level * (3 + level) + seed as u32 % 3 };
         let from: Vec<u32> = (0..levels as u32).map(from).collect();
         let (mut own, mut memory, mut entries) = (Vec::new(), Vec::new(), Vec::new());
-        for level in 0..levels {
+        for (level, &from) in from.iter().enumerate() {
             let seed = seed + 10 * level as u64;
             let signs: Vec<u8> =
                 noise(seed + 1, rows * cols / 8).iter().map(|v| (v * 128.0) as i32 as u8).collect();
@@ -56,7 +56,7 @@ impl Case {
             let packed = layout.pack(shape, &parts, &order).unwrap();
             assert_eq!(packed.len(), layout.bytes());
             let buffer = upload(device, &packed);
-            let entry = Entry { level: buffer.address(), from: from[level], pad: 0 };
+            let entry = Entry { level: buffer.address(), from, pad: 0 };
             entries.extend(entry.bytes());
             memory.push(buffer);
         }
