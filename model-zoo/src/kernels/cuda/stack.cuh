@@ -262,7 +262,7 @@ DEVICE uint32_t stack_sum_of(const StackJoinParams &p, uint32_t row) {
     return row < p.rows[1] ? p.first[1] + row : p.first[2] + row - p.rows[1];
 }
 
-// Adds up the shares of a token's outputs, and its bias: of eight and the eight after them in one block's pair of threads.
+// Adds up the shares of a token's outputs, and its bias; a thread has an output and the eighth after it.
 template <class Epilogue>
 DEVICE void stack_join(const StackJoinParams &p) {
     lead();
@@ -273,10 +273,17 @@ DEVICE void stack_join(const StackJoinParams &p) {
     const float *sums = p.sums + static_cast<size_t>(token) * p.width;
     const float *first = sums + stack_sum_of(p, row), *last = sums + stack_sum_of(p, second ? row + 8 : row);
     float a = 0.0f, b = 0.0f;
-#pragma unroll 4
-    for (uint32_t split = 0; split < p.splits; split++) {
-        const size_t at = static_cast<size_t>(split) * p.tokens * p.width;
-        a += first[at], b += last[at];
+    // Sixteen shares are under way at once.
+    for (uint32_t base = 0; base < p.splits; base += 16) {
+        float x[16], y[16];
+#pragma unroll
+        for (uint32_t i = 0; i < 16; i++) {
+            const bool there = base + i < p.splits;
+            const size_t at = static_cast<size_t>(there ? base + i : 0) * p.tokens * p.width;
+            x[i] = there ? first[at] : 0.0f, y[i] = there ? last[at] : 0.0f;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 16; i++) a += x[i], b += y[i];
     }
     if (p.skinny.bias != nullptr) a += p.skinny.bias[row], b += second ? p.skinny.bias[row + 8] : 0.0f;
     const uint32_t step_token = p.skinny.index != nullptr ? p.skinny.index[token] : token;
