@@ -193,7 +193,7 @@ fn steps_of_many_rows_are_captured_and_equal_the_cpus() {
     assert!(found < 2e-2, "relative error {found:.2e}");
 }
 
-fn compile(options: &CompressionOptions) -> Plan {
+pub(crate) fn compile(options: &CompressionOptions) -> Plan {
     let calibration = Calibration {
         attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
         ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],

@@ -4,13 +4,17 @@
 use std::path::Path;
 
 use model_zoo::ZooError;
+use model_zoo::compression::options::DropLayers;
+use model_zoo::compression::{CompressionOptions, Plan};
 use model_zoo::loader::{LoadOptions, Target, load};
 use model_zoo::models::CausalLm;
 use model_zoo::step::LogitRows;
+use tempfile::TempDir;
 
 use crate::bitstack::{BLOCKS, artefact, bytes_of, summed};
-use crate::gpu::{device, error, tokens};
+use crate::gpu::{compile, device, error, tokens};
 use crate::support::{Chunk, Runner, Sequence};
+use crate::tiny::LAYERS;
 
 const CAPACITY: usize = 64;
 
@@ -19,13 +23,23 @@ fn on_gpu(path: &Path, order: usize, weight_budget: Option<u64>) -> model_zoo::R
     load(path, &LoadOptions { device, weight_budget, ..LoadOptions::default() }).map(|loaded| loaded.model)
 }
 
-/// Logits by row and token; `schedule[step][row]` is a number of tokens.
+/// Logits by row and token of dense plans; `schedule[step][row]` is a number of tokens.
 fn run(runner: &mut Runner, blocks: &[Option<usize>], schedule: &[Vec<usize>]) -> Vec<Vec<Vec<f32>>> {
-    let mut sequences: Vec<Sequence> = blocks
+    let rows: Vec<_> = blocks.iter().map(|&blocks| (blocks, Plan::dense(LAYERS))).collect();
+    run_plans(runner, &rows, schedule)
+}
+
+/// The same of rows with these blocks and plans.
+fn run_plans(
+    runner: &mut Runner,
+    rows: &[(Option<usize>, Plan)],
+    schedule: &[Vec<usize>],
+) -> Vec<Vec<Vec<f32>>> {
+    let mut sequences: Vec<Sequence> = rows
         .iter()
-        .map(|&blocks| {
-            let mut sequence = runner.sequence(CAPACITY);
-            sequence.state.blocks = blocks;
+        .map(|(blocks, plan)| {
+            let mut sequence = runner.sequence_of(plan.clone(), CAPACITY);
+            sequence.state.blocks = *blocks;
             sequence
         })
         .collect();
@@ -53,9 +67,13 @@ fn steps(runner: &mut Runner, sequences: &mut [Sequence], schedule: &[Vec<usize>
 
 /// What the CPU's decoder makes of row `row`, alone, with the matrices that `blocks` blocks add up to.
 fn expected(folder: &Path, path: &Path, (row, blocks): (usize, usize), len: usize) -> Vec<Vec<f32>> {
-    let reference = summed(folder, path, blocks);
-    let mut runner = Runner::new(reference.path(), 1, CAPACITY);
-    let mut sequence = runner.sequence(CAPACITY);
+    expected_of(&summed(folder, path, blocks), (row, &Plan::dense(LAYERS)), len)
+}
+
+/// The same of a plan, and of matrices that are added up already.
+fn expected_of(sums: &TempDir, (row, plan): (usize, &Plan), len: usize) -> Vec<Vec<f32>> {
+    let mut runner = Runner::new(sums.path(), 1, CAPACITY);
+    let mut sequence = runner.sequence_of(plan.clone(), CAPACITY);
     let tokens = &tokens(row as u32, CAPACITY)[..len];
     runner.step(vec![Chunk { sequence: &mut sequence, tokens, logits: LogitRows::All }]).unwrap()
 }
@@ -64,8 +82,10 @@ fn expected(folder: &Path, path: &Path, (row, blocks): (usize, usize), len: usiz
 fn rows_of_different_levels_share_steps_and_equal_the_cpus_sums() {
     let (folder, path) = artefact();
     let blocks = [BLOCKS, 0, 29, 61];
+    let sums = blocks.map(|blocks| summed(folder.path(), &path, blocks));
     let decode = vec![1; 4];
-    // Few tokens; many, in runs of each count and as few between them; steps that are captured, replayed, and padded.
+    // Few tokens; many, in runs of each count and as few between them; steps that are captured, replayed, and padded; a
+    // token alone.
     let schedule = [
         vec![5, 3, 0, 1],
         vec![34, 1, 40, 0],
@@ -74,16 +94,26 @@ fn rows_of_different_levels_share_steps_and_equal_the_cpus_sums() {
         decode.clone(),
         vec![1, 0, 1, 1],
         vec![0, 33, 0, 35],
+        vec![0, 0, 1, 0],
+        vec![1, 0, 0, 0],
         decode.clone(),
         vec![1, 1, 0, 0],
     ];
-    for order in 0..2 {
+    let drop = |attention, ffn| {
+        let drop = Some(DropLayers { attention, ffn, joint: 0 });
+        compile(&CompressionOptions { drop, ..CompressionOptions::default() })
+    };
+    // Sublayers of all rows, and of some, which are gathered.
+    let dense = [(); 4].map(|()| Plan::dense(LAYERS));
+    let mixed = [drop(3, 0), drop(0, 3), Plan::dense(LAYERS), drop(2, 2)];
+    for (order, plans) in [dense, mixed].into_iter().enumerate() {
         let mut runner = Runner::of(on_gpu(&path, order, None).unwrap(), 4, CAPACITY);
-        let found = run(&mut runner, &blocks.map(Some), &schedule);
-        for (row, (found, blocks)) in found.iter().zip(blocks).enumerate() {
-            let expected = expected(folder.path(), &path, (row, blocks), found.len());
-            let apart = error(found, &expected);
-            assert!(apart < 2e-2, "row {row} of {blocks} blocks: relative error {apart:.2e}");
+        let rows: Vec<_> = blocks.into_iter().map(Some).zip(plans.clone()).collect();
+        let found = run_plans(&mut runner, &rows, &schedule);
+        for (row, (found, plan)) in found.iter().zip(&plans).enumerate() {
+            let apart = error(found, &expected_of(&sums[row], (row, plan), found.len()));
+            let blocks = blocks[row];
+            assert!(apart < 2e-2, "row {row} of {blocks} blocks, {plan:?}: relative error {apart:.2e}");
         }
     }
 }
