@@ -1,5 +1,5 @@
-//! The engine's speed on a GPU at the shapes of known models, with random weights, bf16 or BitStack levels: decode at a context of 1,024
-//! tokens and prefill of 2,048, through [`CausalLm`], beside what must be reached.
+//! The engine's speed on a GPU at the shapes of known models, with random weights, bf16 or BitStack levels: decode at a
+//! context of 1,024 tokens and prefill of 2,048, through [`CausalLm`], beside what must be reached.
 
 use std::time::Instant;
 
