@@ -71,15 +71,6 @@ impl Target {
         }
     }
 
-    /// Refuses `what` on a GPU.
-    fn only_cpu(&self, what: &str) -> Result<()> {
-        if matches!(self, Self::Cpu) {
-            return Ok(());
-        }
-        let sentence = format!("{what} are not run on a GPU by this server; use device = \"cpu\"");
-        Err(ZooError::Unsupported(sentence))
-    }
-
     /// Joules that the device has used since its driver was loaded, where it has a meter.
     pub fn joules(&self) -> Option<f64> {
         match self {
@@ -220,7 +211,6 @@ pub fn base_of(path: &Path) -> Result<Option<Base>> {
 }
 
 fn load_llava(folder: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    options.device.only_cpu("models that see images")?;
     if let Some(base) = base_of(folder)? {
         let Some(path) = &options.base else {
             let model = base.model;

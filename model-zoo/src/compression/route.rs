@@ -35,6 +35,16 @@ pub enum Active {
     Gather(usize),
 }
 
+impl Active {
+    /// How many.
+    pub fn count(self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Prefix(count) | Self::Gather(count) => count,
+        }
+    }
+}
+
 /// A token whose residual stream is to be compared before and after an FFN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Watched {
@@ -44,6 +54,23 @@ pub struct Watched {
     position: usize,
     /// Where it lies among the tokens that run the FFN.
     pub token: usize,
+}
+
+impl Watched {
+    /// Index of its row in the step.
+    pub fn row(&self) -> usize {
+        self.row
+    }
+
+    /// Its position.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Whether both are the same token, maybe in different layers.
+    pub fn is(&self, other: &Self) -> bool {
+        (self.row, self.position) == (other.row, other.position)
+    }
 }
 
 /// See the module.
@@ -185,6 +212,31 @@ impl Route {
         }
     }
 
+    /// Tells that a watched token has left out the FFN of `layer` after all: where it runs decides, and not
+    /// [`Route::select`].
+    pub fn skipped(watched: Watched, layer: usize, rows: &mut [StepRow<'_>]) {
+        let state = &mut rows[watched.row].state;
+        state.ffn.skip(layer, watched.position);
+        state.sublayers_run[Sublayer::Ffn as usize] -= 1;
+        state.ffns_skipped += 1;
+    }
+
+    /// Of the rows that decide together about the FFN of `layer`, if there are any: the share of all rows that run it
+    /// whose votes it takes, and how many these are.
+    pub fn quorum(layer: usize, rows: &[StepRow<'_>]) -> Option<(f32, usize)> {
+        let (mut quorum, mut voters) = (None, 0);
+        for row in rows.iter().filter(|row| row.plan.runs(layer, Sublayer::Ffn, row.first_pos)) {
+            voters += 1;
+            let Some(FfnRule::Adaptive { quorum: Some(own), .. }) = row.plan.ffn().map(|policy| &policy.rule)
+            else {
+                continue;
+            };
+            // The strictest row's quorum holds for all.
+            quorum = Some(quorum.map_or(*own, |other: f32| other.max(*own)));
+        }
+        quorum.map(|quorum| (quorum, voters))
+    }
+
     /// Records what was decided. A step that failed before it is decided anew.
     pub fn finish(&self, rows: &mut [StepRow<'_>]) {
         if !self.runs_all {
@@ -286,22 +338,17 @@ fn decide(policy: &FfnPolicy, state: &mut RowState, (layer, position): (usize, u
 /// The vote of the rows that decide together: enough of the step's rows would skip. A row of another
 /// plan needs the block's weights, and so votes against, unless it does not run the block anyway.
 fn votes_agree(layer: usize, rows: &[StepRow<'_>]) -> bool {
-    let mut quorum: Option<f32> = None;
-    let (mut voters, mut votes) = (0usize, 0usize);
-    for row in rows {
+    let Some((quorum, voters)) = Route::quorum(layer, rows) else { return false };
+    let votes = |row: &&StepRow<'_>| {
         let last = row.first_pos + row.tokens.len() - 1;
-        if !row.plan.runs(layer, Sublayer::Ffn, row.first_pos) {
-            continue;
-        }
-        voters += 1;
-        let Some(policy) = row.plan.ffn() else { continue };
-        let FfnRule::Adaptive { quorum: own, .. } = policy.rule else { continue };
-        // The strictest row's quorum holds for all.
-        quorum = own.map(|own| quorum.map_or(own, |other| other.max(own))).or(quorum);
-        let is_open = policy.fixed(layer, last).is_none() && row.state.ffn.recorded(layer, last).is_none();
-        votes += usize::from(is_open && row.tokens.len() == 1 && row.state.ffn.votes(policy, last));
-    }
-    quorum.is_some_and(|quorum| votes as f32 >= quorum * voters as f32)
+        let Some(policy) = row.plan.ffn() else { return false };
+        row.plan.runs(layer, Sublayer::Ffn, row.first_pos)
+            && policy.fixed(layer, last).is_none()
+            && row.state.ffn.recorded(layer, last).is_none()
+            && row.tokens.len() == 1
+            && row.state.ffn.votes(policy, last)
+    };
+    rows.iter().filter(votes).count() as f32 >= quorum * voters as f32
 }
 
 /// Sublayers that a row runs, in thousandths of its tokens.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::options::Think;
 use super::{Context, Plan, refuse};
 use crate::Result;
-use crate::kv_cache::{KvCache, KvLayout, PageId, PrunedKeys};
+use crate::kv_cache::{KvCache, KvLayout, PageId, PageMove, PrunedKeys};
 
 /// Last queries of the prompt that score the channels.
 pub const OBSERVED: usize = 32;
@@ -46,57 +46,41 @@ pub struct PruningState {
 pub struct SealMoves {
     /// `[layer]`: the pages of the prompt before.
     pub old: Vec<Vec<PageId>>,
-    /// `[layer]`: the packed pages.
-    pub packed: Vec<Vec<PageId>>,
     /// What is moved, to be done in order: a later move may write where an earlier one has read.
     pub moves: Vec<PageMove>,
 }
 
-/// One page's move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PageMove {
-    /// The slots of `page`, from slot `first` of the sequence on, are packed.
-    Pack {
-        /// Its layer.
-        layer: usize,
-        /// The dense page.
-        page: PageId,
-        /// Its first slot.
-        first: usize,
-    },
-    /// A page that others go on using is copied.
-    Copy {
-        /// The page.
-        from: PageId,
-        /// Its copy.
-        to: PageId,
-    },
+/// Chooses the channels, unless they are chosen already, and moves the pages.
+///
+/// # Errors
+/// [`crate::ZooError::Device`] when the device that the pages lie on fails.
+pub fn seal(
+    kv: &mut KvCache,
+    seal: &SealMoves,
+    (pruning, state): (&Pruning, &mut PruningState),
+) -> Result<()> {
+    let query_sums = std::mem::take(&mut state.query_sums);
+    let keys = match &state.keys {
+        Some(keys) => Arc::clone(keys),
+        None => Arc::new(choose(kv, seal, (pruning, &query_sums))?),
+    };
+    kv.seal(&seal.moves, &keys)?;
+    state.keys = Some(keys);
+    state.sealed = true;
+    Ok(())
 }
 
-/// Chooses the channels, unless they are chosen already, and moves the pages.
-pub fn seal(kv: &mut KvCache, seal: &SealMoves, (pruning, state): (&Pruning, &mut PruningState)) {
+fn choose(kv: &KvCache, seal: &SealMoves, (pruning, query_sums): (&Pruning, &[f32])) -> Result<PrunedKeys> {
     let KvLayout { num_kv_heads, head_dim, .. } = kv.layout();
-    let query_sums = std::mem::take(&mut state.query_sums);
-    let keys = state.keys.get_or_insert_with(|| {
-        let of_layer = |(layer, table): (usize, &Vec<PageId>)| {
-            let start = layer * num_kv_heads * head_dim;
-            let sums = query_sums.get(start..start + num_kv_heads * head_dim);
-            let sums = sums.filter(|_| !table.is_empty());
-            sums.map(|sums| kv.best_channels((table, pruning.prompt_len), sums, pruning.kept))
-                .unwrap_or_default()
-        };
-        let channels = seal.old.iter().enumerate().map(of_layer).collect();
-        Arc::new(PrunedKeys { kept: pruning.kept, channels })
-    });
-    for page_move in &seal.moves {
-        match *page_move {
-            PageMove::Pack { layer, page, first } => {
-                kv.pack(page, (&seal.packed[layer], first), &keys.channels[layer]);
-            }
-            PageMove::Copy { from, to } => kv.copy_page(from, to),
-        }
-    }
-    state.sealed = true;
+    let width = num_kv_heads * head_dim;
+    let key_sums = kv.key_squares(&seal.old, pruning.prompt_len)?;
+    let of_layer = |(layer, keys): (usize, &Vec<f64>)| {
+        let queries = query_sums.get(layer * width..(layer + 1) * width).filter(|_| !keys.is_empty());
+        let best = |queries| PrunedKeys::best((queries, keys), num_kv_heads, pruning.kept);
+        queries.map(best).unwrap_or_default()
+    };
+    let channels = key_sums.iter().enumerate().map(of_layer).collect();
+    Ok(PrunedKeys { kept: pruning.kept, channels })
 }
 
 impl Pruning {

@@ -1,8 +1,8 @@
 //! One model and the cache of a few sequences, without a server: what calibration and evaluation run on.
 
-use crate::compression::think::{self, PageMove, SealMoves};
+use crate::compression::think::{self, SealMoves};
 use crate::compression::{Plan, RowState};
-use crate::kv_cache::{KvCache, PackedLayout, PageId};
+use crate::kv_cache::{KvCache, PackedLayout, PageId, PageMove};
 use crate::models::{CausalLm, ModelDims};
 use crate::step::{LogitRows, Probe, StepBatch, StepRow};
 use crate::vision::PromptImage;
@@ -124,20 +124,20 @@ impl<'m> Runner<'m> {
         self.model.forward(&mut StepBatch { rows: rows.collect(), probe }, &mut self.kv)?;
         for chunk in chunks {
             chunk.sequence.len += chunk.tokens.len();
-            self.seal(chunk.sequence);
+            self.seal(chunk.sequence)?;
         }
         Ok(())
     }
 
     /// Packs the older keys of a sequence whose prompt has just been computed.
-    fn seal(&mut self, sequence: &mut Running) {
+    fn seal(&mut self, sequence: &mut Running) -> Result<()> {
         let Some(pruning) = sequence.plan.pruning().filter(|pruning| pruning.prompt_len == sequence.len)
         else {
-            return;
+            return Ok(());
         };
         let num_packed = pruning.num_packed(BLOCK_SIZE);
         if num_packed == 0 {
-            return;
+            return Ok(());
         }
         let layout = PackedLayout { layout: self.kv.layout(), kept: pruning.kept };
         let (num_pages, behind) =
@@ -147,17 +147,20 @@ impl<'m> Runner<'m> {
         for (layer, table) in sequence.block_tables.iter_mut().enumerate() {
             let holds = demand.kv_len(layer, sequence.len) > 0;
             moves.old.push(if holds { table.clone() } else { Vec::new() });
-            moves.packed.push(Vec::new());
             if holds {
                 let first = table[0] + behind as PageId;
-                moves.packed[layer] = (first..first + num_pages).collect();
+                let packed: Vec<PageId> = (first..first + num_pages).collect();
                 let dense = table.split_off(num_packed / BLOCK_SIZE);
-                let pack = |(index, &page)| PageMove::Pack { layer, page, first: index * BLOCK_SIZE };
+                let pack = |(index, &page): (usize, &PageId)| {
+                    let first = index * BLOCK_SIZE;
+                    let packed = packed[layout.pages_of(first, BLOCK_SIZE)].to_vec();
+                    PageMove::Pack { layer, page, first, packed }
+                };
                 moves.moves.extend(table.iter().enumerate().map(pack));
-                *table = moves.packed[layer].iter().chain(&dense).copied().collect();
+                *table = packed.iter().chain(&dense).copied().collect();
             }
         }
-        think::seal(&mut self.kv, &moves, (pruning, &mut sequence.state.pruning));
+        think::seal(&mut self.kv, &moves, (pruning, &mut sequence.state.pruning))
     }
 
     /// Runs `tokens` as one sequence from an empty cache: the layer sets of every position are those of

@@ -15,7 +15,7 @@ use std::any::Any;
 use half::f16;
 
 pub use pages::Pages;
-pub use pruned::{PackedLayout, PrunedKeys};
+pub use pruned::{PackedLayout, PageMove, PrunedKeys};
 
 use crate::Result;
 
@@ -84,6 +84,18 @@ pub trait DevicePages: std::fmt::Debug + Send {
     /// When the device fails.
     fn poison(&mut self, page: PageId) -> Result<()>;
 
+    /// As [`KvCache::key_squares`].
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn key_squares(&self, tables: &[Vec<PageId>], num_slots: usize) -> Result<Vec<Vec<f64>>>;
+
+    /// As [`KvCache::seal`].
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn seal(&mut self, moves: &[PageMove], keys: &PrunedKeys) -> Result<()>;
+
     /// Itself, for the model whose device it is on.
     fn as_any(&self) -> &dyn Any;
 }
@@ -122,6 +134,13 @@ impl KvCache {
         match &self.storage {
             Storage::Host(_) => None,
             Storage::Device(pages) => Some(&**pages),
+        }
+    }
+
+    fn device_pages_mut(&mut self) -> Option<&mut dyn DevicePages> {
+        match &mut self.storage {
+            Storage::Host(_) => None,
+            Storage::Device(pages) => Some(&mut **pages),
         }
     }
 

@@ -5,6 +5,7 @@
 //! then V as `[num_kv_heads, 16 slots, head_dim]`. A line never lies across pages; a head's run of lines may.
 
 use super::{KvCache, KvLayout, PageId, Pages};
+use crate::Result;
 
 /// Slots, and values in a line.
 pub const LINE: usize = 16;
@@ -25,6 +26,48 @@ pub struct PrunedKeys {
     pub kept: usize,
     /// `[layer][num_kv_heads, kept]`, ascending for each head.
     pub channels: Vec<Box<[u8]>>,
+}
+
+/// One page's move when a sequence is sealed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PageMove {
+    /// The slots of `page`, from slot `first` of the sequence on, are packed.
+    Pack {
+        /// Its layer.
+        layer: usize,
+        /// The dense page.
+        page: PageId,
+        /// Its first slot.
+        first: usize,
+        /// The packed pages that it goes to, those of [`PackedLayout::pages_of`].
+        packed: Vec<PageId>,
+    },
+    /// A page that others go on using is copied.
+    Copy {
+        /// The page.
+        from: PageId,
+        /// Its copy.
+        to: PageId,
+    },
+}
+
+impl PrunedKeys {
+    /// The channels that score best by `Σ q² · Σ k²` (the square of the Frobenius norm of their part of QKᵀ, §3.2 of
+    /// the paper; query heads of a group by their mean), `kept` of each of `num_kv_heads`, ascending; of equal ones the
+    /// lower is pruned. Both sums are `[num_kv_heads, head_dim]`.
+    pub fn best((query_sums, key_sums): (&[f32], &[f64]), num_kv_heads: usize, kept: usize) -> Box<[u8]> {
+        let head_dim = key_sums.len() / num_kv_heads;
+        let heads = query_sums.chunks_exact(head_dim).zip(key_sums.chunks_exact(head_dim));
+        let best_of = |(queries, keys): (&[f32], &[f64])| {
+            let scores: Vec<f64> = queries.iter().zip(keys).map(|(&q, k)| f64::from(q) * k).collect();
+            let mut order: Vec<usize> = (0..head_dim).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(b.cmp(&a)));
+            order.truncate(kept);
+            order.sort_unstable();
+            order.into_iter().map(|channel| channel as u8)
+        };
+        heads.flat_map(best_of).collect()
+    }
 }
 
 impl PackedLayout {
@@ -88,46 +131,62 @@ impl PackedLayout {
 }
 
 impl KvCache {
-    /// The channels of one layer that score best by `Σ q² · Σ k²` (the square of the Frobenius norm of
-    /// their part of QKᵀ, §3.2 of the paper; query heads of a group by their mean), `[num_kv_heads, kept]`,
-    /// ascending; of equal ones the lower is pruned. `query_sums` is `[num_kv_heads, head_dim]`, and keys
-    /// are those of the first `num_slots` slots of `table`.
-    pub fn best_channels(
-        &self,
-        (table, num_slots): (&[PageId], usize),
-        query_sums: &[f32],
-        kept: usize,
-    ) -> Box<[u8]> {
-        let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
-        let mut channels = Vec::with_capacity(num_kv_heads * kept);
-        for head in 0..num_kv_heads {
-            let score = |channel: usize| {
-                let mut sum = 0f64;
-                for first in (0..num_slots).step_by(block_size) {
-                    let page = self.pages().page(table[first / block_size]);
-                    let start = (head * head_dim + channel) * block_size;
-                    let keys = &page[start..start + block_size.min(num_slots - first)];
-                    sum +=
-                        keys.iter().map(|&bits| f64::from(half::f16::from_bits(bits)).powi(2)).sum::<f64>();
-                }
-                sum * f64::from(query_sums[head * head_dim + channel])
-            };
-            let scores: Vec<f64> = (0..head_dim).map(score).collect();
-            let mut order: Vec<usize> = (0..head_dim).collect();
-            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(b.cmp(&a)));
-            order.truncate(kept);
-            order.sort_unstable();
-            channels.extend(order.into_iter().map(|channel| channel as u8));
+    /// Σ k² by channel over the first `num_slots` slots of each layer's pages, `[layer][num_kv_heads, head_dim]`; nothing
+    /// for layers without pages.
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Device`] when the device that they lie on fails.
+    pub fn key_squares(&self, tables: &[Vec<PageId>], num_slots: usize) -> Result<Vec<Vec<f64>>> {
+        match self.device_pages() {
+            Some(pages) => pages.key_squares(tables, num_slots),
+            None => Ok(tables.iter().map(|table| self.key_squares_of(table, num_slots)).collect()),
         }
-        channels.into()
     }
 
-    /// Packs the slots of dense page `source`, which begin at slot `first` of the sequence, into the packed
-    /// pages `table`, keeping `channels` as of [`KvCache::best_channels`]. Only the pages of
-    /// [`PackedLayout::pages_of`] are touched.
-    pub fn pack(&mut self, source: PageId, (table, first): (&[PageId], usize), channels: &[u8]) {
+    fn key_squares_of(&self, table: &[PageId], num_slots: usize) -> Vec<f64> {
+        let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
+        if table.is_empty() {
+            return Vec::new();
+        }
+        let of_channel = |channel: usize| {
+            let mut sum = 0f64;
+            for first in (0..num_slots).step_by(block_size) {
+                let page = self.pages().page(table[first / block_size]);
+                let start = channel * block_size;
+                let keys = &page[start..start + block_size.min(num_slots - first)];
+                sum += keys.iter().map(|&bits| f64::from(half::f16::from_bits(bits)).powi(2)).sum::<f64>();
+            }
+            sum
+        };
+        (0..num_kv_heads * head_dim).map(of_channel).collect()
+    }
+
+    /// Does `moves`, one after the other, keeping the channels of `keys`.
+    ///
+    /// # Errors
+    /// As [`KvCache::key_squares`]; the pages are lost then.
+    pub fn seal(&mut self, moves: &[PageMove], keys: &PrunedKeys) -> Result<()> {
+        if let Some(pages) = self.device_pages_mut() {
+            return pages.seal(moves, keys);
+        }
+        for page_move in moves {
+            match page_move {
+                PageMove::Pack { layer, page, first, packed } => {
+                    self.pack(*page, (packed, *first), &keys.channels[*layer]);
+                }
+                PageMove::Copy { from, to } => self.copy_page(*from, *to),
+            }
+        }
+        Ok(())
+    }
+
+    /// Packs the slots of dense page `source`, which begin at slot `first` of the sequence, into the packed pages
+    /// `touched`, those of [`PackedLayout::pages_of`], keeping `channels`.
+    fn pack(&mut self, source: PageId, (touched, first): (&[PageId], usize), channels: &[u8]) {
         let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
         let packed = PackedLayout { layout: self.layout, kept: channels.len() / num_kv_heads };
+        // Lines are counted from the first touched page on.
+        let skipped = packed.pages_of(first, block_size).start * packed.page_lines();
         let values = num_kv_heads * head_dim * block_size;
         for offset in (0..block_size).step_by(LINE) {
             let group = (first + offset) / LINE;
@@ -135,11 +194,15 @@ impl KvCache {
                 let own = &channels[head * packed.kept..(head + 1) * packed.kept];
                 for (line, &channel) in (packed.key_line(group, head)..).zip(own) {
                     let from = (head * head_dim + channel as usize) * block_size + offset;
-                    self.pages_mut().copy((source, from), packed.place(table, line), LINE);
+                    self.pages_mut().copy((source, from), packed.place(touched, line - skipped), LINE);
                 }
                 let from = values + (head * block_size + offset) * head_dim;
                 for (index, line) in (packed.value_line(group, head)..).take(head_dim).enumerate() {
-                    self.pages_mut().copy((source, from + index * LINE), packed.place(table, line), LINE);
+                    self.pages_mut().copy(
+                        (source, from + index * LINE),
+                        packed.place(touched, line - skipped),
+                        LINE,
+                    );
                 }
             }
         }

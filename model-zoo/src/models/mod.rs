@@ -140,8 +140,6 @@ pub trait CausalLm: Send {
 
 /// Why a model on a GPU does not run `plan`, by the name of the method; `None` where it does.
 pub fn gpu_refusal(plan: &Plan) -> Option<&'static str> {
-    if plan.ffn().is_some() {
-        return Some("compression.ffn_skip is not run on a GPU by this server; send drop or skip_decode");
-    }
-    plan.pruning().map(|_| "compression.think is not run on a GPU by this server; send drop or skip_decode")
+    let leaves_out = plan.filter().is_some() || !plan.absent(0..usize::MAX).is_empty();
+    leaves_out.then_some("compression.vision is not run on a GPU by this server; leave it out")
 }

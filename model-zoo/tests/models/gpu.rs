@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use model_zoo::compression::calibration::Calibration;
-use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
-use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
+use model_zoo::compression::calibration::{Calibration, FfnCalibration};
+use model_zoo::compression::options::{DropLayers, Region, SkipDecode, Vision, VisionBaseline};
+use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
+use model_zoo::eval;
 use model_zoo::kernels::cuda::device::Device;
 use model_zoo::kernels::cuda::emulated::{Emulated, Order};
 use model_zoo::kernels::cuda::fused::fuses;
@@ -14,6 +15,7 @@ use model_zoo::kernels::cuda::ops::Heads;
 use model_zoo::loader::{LoadOptions, Target, build_on, load};
 use model_zoo::models::{CausalLm, Draw, gpu_refusal};
 use model_zoo::step::LogitRows;
+use model_zoo::vision::{ImageEmbeddings, PromptImage};
 use model_zoo::weights::RandomWeights;
 
 use crate::support::{BLOCK_SIZE, Chunk, Runner, Sequence, fixtures};
@@ -28,7 +30,7 @@ pub(crate) fn device(index: usize) -> Arc<dyn Device> {
     Arc::new(Emulated::new([Order::Upwards, Order::Downwards][index % 2]))
 }
 
-fn on(device: Arc<dyn Device>, path: &Path) -> Box<dyn CausalLm> {
+pub(crate) fn on(device: Arc<dyn Device>, path: &Path) -> Box<dyn CausalLm> {
     let options = LoadOptions { device: Target::Device(device), ..LoadOptions::default() };
     load(path, &options).unwrap().model
 }
@@ -49,17 +51,21 @@ pub(crate) fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
 }
 
 /// Runs the same steps on both and returns the logits of each. `schedule[step][sequence]` is a number of tokens.
-fn both(
+pub(crate) fn both(
     (path, device): (&Path, Arc<dyn Device>),
     plans: &[Plan],
     schedule: &[&[usize]],
 ) -> [Vec<Vec<f32>>; 2] {
     let cpu = load(path, &LoadOptions::default()).unwrap().model;
-    [cpu, on(device, path)].map(|model| run(model, plans, schedule))
+    [cpu, on(device, path)].map(|model| run(model, plans, schedule).0)
 }
 
-/// The logits of all steps.
-fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> Vec<Vec<f32>> {
+/// The logits of all steps, and the states of the sequences after them.
+pub(crate) fn run(
+    model: Box<dyn CausalLm>,
+    plans: &[Plan],
+    schedule: &[&[usize]],
+) -> (Vec<Vec<f32>>, Vec<RowState>) {
     let lens = (0..plans.len()).map(|i| schedule.iter().map(|counts| counts[i]).sum());
     let capacity = lens.max().unwrap_or(0).max(96);
     let mut runner = Runner::of(model, plans.len(), capacity);
@@ -77,7 +83,7 @@ fn run(model: Box<dyn CausalLm>, plans: &[Plan], schedule: &[&[usize]]) -> Vec<V
         }
         all.extend(runner.step(chunks).unwrap());
     }
-    all
+    (all, sequences.into_iter().map(|sequence| sequence.state).collect())
 }
 
 const DECODE: &[usize] = &[1, 1, 1];
@@ -115,7 +121,11 @@ fn every_architecture_equals_the_cpus() {
 }
 
 /// A Llama of these sizes, untrained.
-fn llama((hidden, ffn, layers): (usize, usize, usize), heads: [usize; 2], head_dim: usize) -> DecoderConfig {
+pub(crate) fn llama(
+    (hidden, ffn, layers): (usize, usize, usize),
+    heads: [usize; 2],
+    head_dim: usize,
+) -> DecoderConfig {
     DecoderConfig {
         architecture: "llama".into(),
         hidden_size: hidden,
@@ -175,7 +185,7 @@ fn steps_of_few_tokens_are_one_launch_and_equal_the_cpus() {
         let schedule: Vec<&[usize]> = schedule.iter().map(Vec::as_slice).collect();
         let plans = vec![Plan::dense(config.num_layers); rows];
         let [cpu, gpu] = [Target::Cpu, Target::Device(device)]
-            .map(|target| run(build_on(config.clone(), &weights, &target).unwrap(), &plans, &schedule));
+            .map(|target| run(build_on(config.clone(), &weights, &target).unwrap(), &plans, &schedule).0);
         let found = error(&gpu, &cpu);
         assert!(found < 3e-2, "shape {i}: relative error {found:.2e}");
     }
@@ -197,6 +207,7 @@ pub(crate) fn compile(options: &CompressionOptions) -> Plan {
     let calibration = Calibration {
         attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
         ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
+        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
         ..Calibration::default()
     };
     let offer = Offer { calibration: Some(calibration), ..Offer::default() };
@@ -267,7 +278,7 @@ fn tokens_are_chosen_as_from_the_logits() {
 }
 
 #[test]
-fn a_malformed_step_and_what_is_not_run_are_refused() {
+fn a_malformed_step_and_plans_that_are_not_run_are_refused() {
     let path = fixtures().join("llama");
     let mut runner = Runner::of(on(device(0), &path), 2, 32);
     let mut cpu = Runner::new(&path, 2, 32);
@@ -295,16 +306,36 @@ fn a_malformed_step_and_what_is_not_run_are_refused() {
         let error = runner.step(vec![chunk]).unwrap_err().to_string();
         assert!(error.contains("device"), "{error}");
     }
-    for name in ["llava", "gguf/llama-q4_1.gguf"] {
-        let options = LoadOptions { device: Target::Device(device(0)), ..LoadOptions::default() };
-        let refused = load(&fixtures().join(name), &options).err().map(|error| error.to_string());
-        let says = refused.is_some_and(|error| error.contains("images are not run on a GPU"));
-        assert_eq!(says, name == "llava");
-    }
-    let think = r#"{"think": {"ratio": 0.5, "recent": 4}}"#;
-    let plan = compile(&serde_json::from_str(think).unwrap());
-    assert!(gpu_refusal(&plan).unwrap().starts_with("compression.think"));
-    assert_eq!(gpu_refusal(&Plan::dense(2)), None);
+    let wide = Arc::new(ImageEmbeddings::new(4, vec![0.0; 8], [1; 32]));
+    let mut sequence = runner.sequence(32);
+    sequence.images.push(PromptImage { start: 0, embeddings: wide });
+    std::mem::swap(&mut runner.kv, &mut cpu.kv);
+    let chunk = Chunk { sequence: &mut sequence, tokens: &[5], logits: LogitRows::Last };
+    let error = runner.step(vec![chunk]).unwrap_err().to_string();
+    assert!(error.contains("not as wide"), "{error}");
+    let layers = runner.model.dims().num_layers;
+    let embeddings =
+        Arc::new(ImageEmbeddings::new(runner.model.dims().hidden_size, vec![0.5; 6 * 64], [1; 32]));
+    let random = Vision { keep: Some(2), baseline: Some(VisionBaseline::Random), ..Vision::default() };
+    let options = CompressionOptions { vision: Some(random), ..CompressionOptions::default() };
+    let offer = Offer::default();
+    let embeddings = registry::prepare(&options, &offer, vec![embeddings]).unwrap().remove(0);
+    let images = [PromptImage { start: 1, embeddings }];
+    let context = Context {
+        num_layers: layers,
+        head_dim: 16,
+        prompt_len: 9,
+        max_tokens: 9,
+        images: &images,
+        offer: &offer,
+    };
+    let plan = registry::compile(&options, &context).unwrap();
+    assert!(gpu_refusal(&plan).unwrap().starts_with("compression.vision"));
+    assert_eq!(gpu_refusal(&Plan::dense(layers)), None);
+    sequence.plan = plan;
+    let chunk = Chunk { sequence: &mut sequence, tokens: &[5; 8], logits: LogitRows::Last };
+    let error = runner.step(vec![chunk]).unwrap_err().to_string();
+    assert!(error.contains("leaves out image tokens"), "{error}");
 }
 
 #[test]

@@ -119,6 +119,39 @@ fn rows_of_different_levels_share_steps_and_equal_the_cpus_sums() {
 }
 
 #[test]
+fn ffns_that_tokens_leave_out_add_nothing() {
+    let (folder, path) = artefact();
+    let sums = summed(folder.path(), &path, BLOCKS);
+    let plan = |json: &str| compile(&serde_json::from_str(json).unwrap());
+    let skip = |json: &str| plan(&format!(r#"{{"ffn_skip": {{"target": 0.4, "warmup": 2, {json}}}}}"#));
+    let all = skip(r#""threshold": -2.0, "max_skip": 1"#);
+    let some = [skip(r#""selection": "static""#), skip(r#""selection": "random""#), Plan::dense(LAYERS)];
+    // Blocks that all tokens of a step leave out, of one token and of several, and such that some do.
+    let steps: [&[usize]; 9] = [
+        &[20, 20, 20],
+        &[1, 1, 1],
+        &[1, 1, 1],
+        &[1, 1, 1],
+        &[1, 1, 1],
+        &[1, 0, 0],
+        &[1, 0, 0],
+        &[1, 0, 0],
+        &[1, 1, 1],
+    ];
+    for (i, plans) in [[all.clone(), all.clone(), all], some].into_iter().enumerate() {
+        let cpu = load(sums.path(), &LoadOptions::default()).unwrap().model;
+        let gpu = on_gpu(&path, i, None).unwrap();
+        let [cpu, gpu] = [cpu, gpu].map(|model| crate::gpu::run(model, &plans, &steps));
+        let apart = error(&gpu.0, &cpu.0);
+        assert!(apart < 3e-2, "set {i}: relative error {apart:.2e}");
+        for (row, (cpu, gpu)) in cpu.1.iter().zip(&gpu.1).enumerate() {
+            assert_eq!(gpu.ffns_skipped, cpu.ffns_skipped, "set {i}, row {row}");
+        }
+        assert!(cpu.1[0].ffns_skipped > 0);
+    }
+}
+
+#[test]
 fn captured_steps_of_many_rows_follow_the_levels_of_each() {
     let (folder, path) = artefact();
     let rows = 37;

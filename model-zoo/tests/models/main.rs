@@ -13,6 +13,8 @@ mod download;
 mod gpu;
 #[cfg(feature = "cuda-emulated")]
 mod gpu_levels;
+#[cfg(feature = "cuda-emulated")]
+mod gpu_methods;
 mod llava;
 mod logits;
 mod must_drop;

@@ -103,11 +103,7 @@ pub fn open_model(config: &Config) -> Result<NamedModel, String> {
     let found = flags.find()?;
     let (mut loaded, tokenizer) = flags.load(&found, (config.engine.device, config.engine.weight_bytes))?;
     let levels = loaded.model.elastic().map(|elastic| elastic.num_levels());
-    let mut calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
-    if let Some(calibration) = calibration.as_mut().filter(|_| loaded.model.is_on_gpu()) {
-        // The governor chooses between what can be run.
-        calibration.front.retain(|point| point.plan.think.is_none() && point.plan.ffn_skip.is_none());
-    }
+    let calibration = offer::calibration(&found, config.calibration.as_deref(), loaded.model.dims())?;
     let offer = Offer { calibration, profiles: config.profiles.clone(), levels };
     let offer = offer::checked(offer, loaded.model.dims())?;
     Ok(NamedModel { name: found.name, loaded, tokenizer, offer })

@@ -73,12 +73,14 @@ impl Engine {
         });
     }
 
-    /// Packs the prompts that the scheduler has found pages for.
+    /// Packs the prompts that the scheduler has found pages for. A sequence whose pages could not be moved has lost them.
     fn seal(&mut self) {
         for (id, moves) in self.scheduler.drain_seals() {
             let Some(choice) = self.choices.get_mut(&id) else { continue };
-            if let Some(pruning) = choice.live.request.plan.pruning() {
-                think::seal(&mut self.kv, &moves, (pruning, &mut choice.state.pruning));
+            let Some(pruning) = choice.live.request.plan.pruning() else { continue };
+            let sealed = think::seal(&mut self.kv, &moves, (pruning, &mut choice.state.pruning));
+            if let Err(error) = sealed {
+                self.fail(id, &error.to_string());
             }
         }
     }

@@ -4,8 +4,8 @@
 //! pages a layer more than its prompt holds, and not its prompt twice. What is packed is the sequence's own;
 //! its references to cached blocks are given back, the last ones first.
 
-use model_zoo::compression::think::{PageMove, SealMoves};
-use model_zoo::kv_cache::PageId;
+use model_zoo::compression::think::SealMoves;
+use model_zoo::kv_cache::{PageId, PageMove};
 
 use super::kv_pages::KvPages;
 use super::sequence::{Sequence, SharedPrefix};
@@ -47,20 +47,17 @@ impl KvPages {
         if old_blocks == 0 {
             return;
         }
-        let mut moves = SealMoves {
-            old: seq.block_tables.clone(),
-            packed: vec![Vec::new(); seq.block_tables.len()],
-            moves: Vec::new(),
-        };
-        for (packed, table) in moves.packed.iter_mut().zip(&seq.block_tables).filter(|(_, t)| !t.is_empty()) {
+        let mut moves = SealMoves { old: seq.block_tables.clone(), moves: Vec::new() };
+        let mut packed = vec![Vec::new(); seq.block_tables.len()];
+        for (packed, table) in packed.iter_mut().zip(&seq.block_tables).filter(|(_, t)| !t.is_empty()) {
             *packed = vec![NOT_YET; seal.packed_pages(self.block_size)];
             debug_assert!(table.len() >= old_blocks, "every layer that holds KV holds the prompt's");
         }
         for index in (0..old_blocks.max(seq.shared.blocks.len())).rev() {
             if index < old_blocks {
-                self.pack_block(seq, index, &mut moves);
+                self.pack_block(seq, index, (&mut packed, &mut moves.moves));
             } else {
-                self.copy_block(seq, index, &mut moves);
+                self.copy_block(seq, index, &mut moves.moves);
             }
             match seq.shared.blocks.len() {
                 held if held == index + 1 => {
@@ -69,34 +66,38 @@ impl KvPages {
                 _ => self.give_back_block(&moves.old, index),
             }
         }
-        for (table, packed) in seq.block_tables.iter_mut().zip(&moves.packed).filter(|(t, _)| !t.is_empty()) {
+        for (table, packed) in seq.block_tables.iter_mut().zip(&packed).filter(|(t, _)| !t.is_empty()) {
             table.splice(..old_blocks, packed.iter().copied());
         }
         seq.shared = SharedPrefix { blocks: Vec::new(), num_tokens: 0, num_scanned: seal.at() };
         self.seals.push((seq.spec.id, moves));
     }
 
-    fn pack_block(&mut self, seq: &Sequence, index: usize, moves: &mut SealMoves) {
+    fn pack_block(
+        &mut self,
+        seq: &Sequence,
+        index: usize,
+        (packed, moves): (&mut [Vec<PageId>], &mut Vec<PageMove>),
+    ) {
         let Some(seal) = seq.spec.demand.seal() else { return };
         let first = index * self.block_size;
         let touched = seal.pages_before(first, self.block_size).0
             ..seal.pages_before(first + self.block_size, self.block_size).1;
         for (layer, table) in seq.block_tables.iter().enumerate().filter(|(_, table)| !table.is_empty()) {
-            for place in
-                touched.clone().filter(|&place| moves.packed[layer][place] == NOT_YET).collect::<Vec<_>>()
-            {
-                moves.packed[layer][place] = self.take();
+            for page in packed[layer][touched.clone()].iter_mut().filter(|page| **page == NOT_YET) {
+                *page = self.take();
             }
-            moves.moves.push(PageMove::Pack { layer, page: table[index], first });
+            let packed = packed[layer][touched.clone()].to_vec();
+            moves.push(PageMove::Pack { layer, page: table[index], first, packed });
         }
     }
 
     /// The dense pages of a block that is given back to the cache, for `seq` alone.
-    fn copy_block(&mut self, seq: &mut Sequence, index: usize, moves: &mut SealMoves) {
+    fn copy_block(&mut self, seq: &mut Sequence, index: usize, moves: &mut Vec<PageMove>) {
         for table in seq.block_tables.iter_mut().filter(|table| !table.is_empty()) {
             let to = self.take();
             let from = std::mem::replace(&mut table[index], to);
-            moves.moves.push(PageMove::Copy { from, to });
+            moves.push(PageMove::Copy { from, to });
         }
     }
 

@@ -19,6 +19,10 @@ pub struct Attention {
     pub scale: f32,
     /// Slots that a query sees, its own included.
     pub window: Option<usize>,
+    /// Which slots are packed, by row: `[rows]` of [`PACKED_BYTES`].
+    pub packed: Part,
+    /// The layer, by which packed keys' channels are found.
+    pub layer: usize,
     /// Scratch for parts of a split, f32, and counters of finished blocks, u32, zero.
     pub scratch: [Part; 2],
 }
@@ -36,6 +40,9 @@ pub struct Items {
 
 /// Bytes of an item.
 pub const ITEM_BYTES: usize = 16;
+
+/// Bytes that tell of a row's packed slots (`Packed` in `decode.cuh`); zeros where there are none.
+pub const PACKED_BYTES: usize = 20;
 
 /// Bytes of scratch that `decode` needs for `items` items in `splits` splits.
 pub fn decode_scratch(heads: Heads, items: usize, splits: usize) -> [usize; 2] {
@@ -59,6 +66,7 @@ impl Attention {
             kv_len: kv_len.pointer(),
             starts: starts.pointer(),
             tables: tables.pointer(),
+            packed: self.packed.pointer(),
             parts: self.scratch[0].pointer(),
             done: self.scratch[1].pointer(),
             heads: heads.queries as u32,
@@ -66,7 +74,7 @@ impl Attention {
             block_size: heads.block_size as u32,
             window: self.window.unwrap_or(0) as u32,
             scale: self.scale * std::f32::consts::LOG2_E,
-            pad: 0,
+            layer: self.layer as u32,
         }
     }
 
@@ -93,6 +101,7 @@ impl Attention {
 
     pub(super) fn check_decode(&self, items: Items, splits: usize) -> Result<()> {
         need("items", items.items, ITEM_BYTES * items.count)?;
+        need("packed", self.packed, self.places.kv_len.len() / 4 * PACKED_BYTES)?;
         for (scratch, bytes) in
             self.scratch.iter().zip(decode_scratch(self.places.heads, items.count, splits))
         {

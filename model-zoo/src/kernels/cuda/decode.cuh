@@ -15,19 +15,27 @@ struct Item {
     uint32_t len;    // tokens
 };
 
+// The slots of a row that were packed (pruned.cuh), the first ones.
+struct Packed {
+    uint32_t channels[2];  // which channels of keys they have, [layers, kv_heads, kept] bytes: the address's low and high word
+    uint32_t slots, kept;  // how many, and channels of their keys; 0 where there are none
+    uint32_t saved;        // pages that the slots would take less their own
+};
+
 struct AttentionParams {
     const bf16 *q;          // [tokens, heads, head_dim]
     bf16 *out;              // [tokens, heads, head_dim]
     const bf16 *pages;      // see place.cuh
     const Item *items;
     const uint32_t *kv_len; // [rows]: slots held before the step, in this layer
-    const uint32_t *starts; // [rows]: where its pages begin in `tables`
+    const uint32_t *starts; // [rows]: where its pages begin in `tables`, less `saved` where slots are packed
     const uint32_t *tables;
+    const Packed *packed;   // [rows]
     float *parts;           // [items, kv heads, 16-head groups, splits, heads of the group, head_dim + 2], where splits > 1
     uint32_t *done;         // [items, kv heads, groups]: blocks that have finished; zero between launches
     uint32_t heads, kv_heads, block_size, window;  // a window of 0 sees all
     float scale;            // times log2(e)
-    uint32_t pad;
+    uint32_t layer;
 };
 
 // Warps of a block, and units of sixteen slots that make another block worth it.
@@ -35,6 +43,13 @@ constexpr unsigned DECODE_WARPS = 4, DECODE_UNITS = 8;
 
 // exp2(from - to), where nothing has been seen yet: 0.
 DEVICE float shrink(float from, float to) { return from == -INFINITY ? 0.0f : exp2_fast(from - to); }
+
+// The first of the four channels that lane `t` of a row has in a step of sixteen. Steps of a wide pair share 32 channels,
+// of which a lane has eight neighbours.
+template <int D>
+DEVICE uint32_t first_channel(int step, uint32_t t) {
+    return D % 32 == 0 ? step / 2 * 32 + 8 * t + step % 2 * 4 : step * 16 + 4 * t;
+}
 
 // Rows of a warp's sixteen queries: operands of the product with K, four channels of a lane at a time.
 template <int D>
@@ -50,14 +65,38 @@ struct Queries {
             const bf16 *q = row(g + 8 * half);
 #pragma unroll
             for (int step = 0; step < D / 16; step++) {
-                // Steps of a wide pair share 32 channels, of which a lane has eight neighbours.
-                const int at = D % 32 == 0 ? step / 2 * 32 + 8 * t + step % 2 * 4 : step * 16 + 4 * t;
-                const uint2 v = q != nullptr ? load_global<uint2>(q + at) : make_uint2(0, 0);
+                const uint2 v = q != nullptr ? load_global<uint2>(q + first_channel<D>(step, t)) : make_uint2(0, 0);
                 a[step][half] = v.x;
                 a[step][half + 2] = v.y;
             }
         }
     }
+    // The same of `kept` of the channels, a multiple of eight; zeros after them.
+    template <class Row>
+    DEVICE void load_rows(Row row, const unsigned char *channels, uint32_t kept) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int step = 0; step < D / 16; step++) {
+            const uint32_t at = first_channel<D>(step, t);
+            const uint32_t four = at < kept ? load_global<uint32_t>(channels + at) : 0u;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const bf16 *q = row(g + 8 * half);
+                const bool has = q != nullptr && at < kept;
+                auto value = [&](int i) -> uint32_t { return has ? load_global<bf16>(q + (four >> 8 * i & 0xFF)) : 0u; };
+                a[step][half] = value(0) | value(1) << 16;
+                a[step][half + 2] = value(2) | value(3) << 16;
+            }
+        }
+    }
+};
+
+// Values that lie side by side, but for pages: from the `cut`th on they are another page's.
+struct Run {
+    const bf16 *first, *second;
+    uint32_t cut;
+
+    DEVICE const bf16 *at(uint32_t i) const { return (i < cut ? first : second) + i; }
 };
 
 // Sixteen slots of one KV head, on the way from memory: their keys' channels as the product's operands, and their values.
@@ -84,6 +123,25 @@ struct Unit {
                 }
             }
         }
+    }
+
+    // The same of packed slots, whose keys have `kept` channels.
+    DEVICE void fetch_keys(const Run &run, uint32_t kept) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const uint32_t key = (4 * (g / 2) + g % 2 + 2 * n) * kept;
+#pragma unroll
+            for (int step = 0; step < D / 16; step++) {
+                const uint32_t at = first_channel<D>(step, t);
+                k[n][step] = at < kept ? load_once8(run.at(key + at)) : make_uint2(0, 0);
+            }
+        }
+    }
+    DEVICE void fetch_values(const Run &run) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) v[n] = load_once8(run.at((8 * n + g) * 16 + 4 * t));
     }
 
     // `first` is the first slot's value in the first channel.
@@ -215,7 +273,10 @@ struct Attended {
     Item item;
     uint32_t kv_head, head0, heads;  // the first of its query heads, and how many
     uint32_t held, begin, end;       // slots held before the step, and those that are seen
-    const uint32_t *table;
+    uint32_t packed, kept, saved;    // units that are packed, channels of their keys, and pages that this saves
+    uint32_t start;                  // where the pages begin, less those saved
+    const uint32_t *tables;
+    const unsigned char *channels;   // of packed keys
 
     // Reads what no kernel of the step writes. False where the token is padding.
     DEVICE bool read(const AttentionParams &p, uint32_t index, uint32_t head_group) {
@@ -225,7 +286,16 @@ struct Attended {
         kv_head = head_group / tiles;
         head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
         held = load_global<uint32_t>(p.kv_len + item.row);
-        table = p.tables + load_global<uint32_t>(p.starts + item.row);
+        tables = p.tables, start = load_global<uint32_t>(p.starts + item.row);
+        const Packed *own = p.packed + item.row;
+        const uint32_t slots = load_global<uint32_t>(&own->slots);
+        packed = 0;
+        if (slots != 0 && held >= slots) {
+            packed = slots / 16, kept = load_global<uint32_t>(&own->kept), saved = load_global<uint32_t>(&own->saved);
+            const uint64_t low = load_global<uint32_t>(own->channels), high = load_global<uint32_t>(own->channels + 1);
+            channels = reinterpret_cast<const unsigned char *>(low | high << 32) +
+                       static_cast<size_t>(p.layer * p.kv_heads + kv_head) * kept;
+        }
         end = held + item.first + 1;
         begin = p.window != 0 && end > p.window ? end - p.window : 0;
         return true;
@@ -234,10 +304,36 @@ struct Attended {
     // Blocks that share the slots: few slots are not worth many, for what joins them costs more.
     DEVICE uint32_t shared_by(uint32_t most) const { return min(most, (units() + DECODE_UNITS - 1) / DECODE_UNITS); }
 
+    // The page of dense slots `index * block_size` and on. Words wrap around where pages are saved.
+    DEVICE uint32_t page_at(uint32_t index) const { return load_global<uint32_t>(tables + static_cast<uint32_t>(start + index)); }
+    // `lines` lines of a packed head from line `first` of the row's on, of pages of `values` values.
+    DEVICE Run packed_run(const AttentionParams &p, uint32_t first, uint32_t lines, uint32_t values) const {
+        const uint32_t page = first / (values / 16), line = first % (values / 16);
+        Run run = {page_of_values(p, saved + page, values) + line * 16, nullptr, 16 * (values / 16 - line)};
+        run.second = line + lines > values / 16 ? page_of_values(p, saved + page + 1, values) - run.cut : run.first;
+        return run;
+    }
+    DEVICE const bf16 *page_of_values(const AttentionParams &p, uint32_t index, uint32_t values) const {
+        return p.pages + static_cast<size_t>(page_at(index)) * values;
+    }
+    // Keys, then values, of a packed unit.
     template <int D>
-    DEVICE void load_queries(Queries<D> &q, const AttentionParams &p) const {
+    DEVICE Run packed_keys(const AttentionParams &p, uint32_t unit) const {
+        return packed_run(p, unit * p.kv_heads * (kept + D) + kv_head * kept, kept, 2 * p.kv_heads * D * p.block_size);
+    }
+    template <int D>
+    DEVICE Run packed_values(const AttentionParams &p, uint32_t unit) const {
+        return packed_run(p, unit * p.kv_heads * (kept + D) + p.kv_heads * kept + kv_head * D, D,
+                          2 * p.kv_heads * D * p.block_size);
+    }
+
+    // For packed units, or for others.
+    template <int D>
+    DEVICE void load_queries(Queries<D> &q, const AttentionParams &p, bool pruned) const {
         const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * D;
-        q.load_rows([&](uint32_t row) { return row < heads ? own + row * D : nullptr; });
+        auto row = [&](uint32_t row) { return row < heads ? own + row * D : nullptr; };
+        if (pruned) q.load_rows(row, channels, kept);
+        else q.load_rows(row);
     }
 };
 
@@ -255,15 +351,17 @@ struct DecodeJob : Attended {
     Unit<D> slots;
 
     DEVICE uint32_t page_of(const AttentionParams &p, uint32_t unit) const {
-        return unit * 16 < end ? load_global<uint32_t>(table + unit * 16 / p.block_size) : 0u;
+        return unit * 16 < end && unit >= packed ? page_at(unit * 16 / p.block_size) : 0u;
     }
     DEVICE static size_t half_page(const AttentionParams &p) {
         return static_cast<size_t>(p.kv_heads) * D * p.block_size;
     }
     DEVICE void fetch_keys(const AttentionParams &p, uint32_t unit) {
+        if (unit < packed) return slots.fetch_keys(packed_keys<D>(p, unit), kept);
         slots.fetch_keys(p.pages + page * 2 * half_page(p) + (kv_head * p.block_size + unit * 16 % p.block_size) * D);
     }
     DEVICE void fetch_values(const AttentionParams &p, uint32_t unit, uint32_t page) {
+        if (unit < packed) return slots.fetch_values(packed_values<D>(p, unit));
         const bf16 *head = p.pages + (page * 2 + 1) * half_page(p) + static_cast<size_t>(kv_head) * D * p.block_size;
         slots.fetch_values(head + unit * 16 % p.block_size, p.block_size);
     }
@@ -288,13 +386,15 @@ struct DecodeJob : Attended {
 
     DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
         Queries<D> q;
-        load_queries(q, p);
+        bool pruned = unit < packed;
+        load_queries(q, p, pruned);
         state.clear();
         if (!fetched && unit * 16 < end) {
             fetch_keys(p, unit);
             if (AHEAD) fetch_values(p, unit, page);
         }
         for (; unit * 16 < end; unit += stride) {
+            if (pruned && unit >= packed) load_queries(q, p, pruned = false);
             state.score(q, [&](int n, int step) { return slots.k[n][step]; });
             const uint32_t own_page = page;
             const bool more = (unit + stride) * 16 < end;

@@ -97,12 +97,23 @@ struct FusedJob : Attended {
         first = begin / 16 + split * share, last = min(first + share, begin / 16 + units());
         whole = max(first, min(last, held / 16));
     }
+    // Of a unit that is not packed, whose page is one of units.
     DEVICE const bf16 *keys(const AttentionParams &p, uint32_t unit) const {
-        const size_t page = load_global<uint32_t>(table + unit);
-        return p.pages + (page * 2 * p.kv_heads + kv_head) * 16 * D;
+        return p.pages + (static_cast<size_t>(page_at(unit)) * 2 * p.kv_heads + kv_head) * 16 * D;
     }
     DEVICE static size_t to_values(const AttentionParams &p) { return static_cast<size_t>(p.kv_heads) * 16 * D; }
+    // Values of units `unit..end` in the ring.
+    DEVICE uint32_t size(uint32_t unit, uint32_t end) const {
+        const uint32_t pruned = unit < packed ? min(end, packed) - unit : 0;
+        return (end - unit) * UNIT - pruned * 16 * (D - kept);
+    }
 };
+
+DEVICE void copy_run(Barrier &full, bf16 *to, const Run &run, uint32_t values) {
+    const uint32_t near = min(run.cut, values);
+    full.copy(to, run.first, near * 2);
+    if (near < values) full.copy(to + near, run.second + near, (values - near) * 2);
+}
 
 // Brings the slots of the block's share of attention that lay there before the step.
 template <int D, class Next>
@@ -114,12 +125,17 @@ DEVICE void fused_fill_slots(const Stage &stage, Next next) {
         job.read(stage, i);
         if (job.idle) continue;
         for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS) {
-            const uint32_t count = min(Job::UNITS, job.whole - unit);
-            next(count * Job::UNIT * 2, [&](Barrier &full, bf16 *piece) {
-                for (uint32_t u = 0; u < count; u++) {
-                    const bf16 *keys = job.keys(p, unit + u);
-                    full.copy(piece + u * Job::UNIT, keys, Job::UNIT);
-                    full.copy(piece + u * Job::UNIT + 16 * D, keys + Job::to_values(p), Job::UNIT);
+            const uint32_t end = min(unit + Job::UNITS, job.whole);
+            next(job.size(unit, end) * 2, [&](Barrier &full, bf16 *piece) {
+                for (uint32_t u = unit; u < end; u++, piece += Job::UNIT) {
+                    if (u < job.packed) {
+                        copy_run(full, piece, job.template packed_keys<D>(p, u), 16 * job.kept);
+                        copy_run(full, piece + 16 * D, job.template packed_values<D>(p, u), 16 * D);
+                        continue;
+                    }
+                    const bf16 *keys = job.keys(p, u);
+                    full.copy(piece, keys, Job::UNIT);
+                    full.copy(piece + 16 * D, keys + Job::to_values(p), Job::UNIT);
                 }
             });
         }
@@ -309,7 +325,8 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
         if (i != blockIdx.x) job.read(stage, i);
         if (job.idle) continue;
         Queries<D> q;
-        job.load_queries(q, p);
+        bool pruned = job.first < job.packed;
+        job.load_queries(q, p, pruned);
         DecodeWarp<D> state;
         state.clear();
         for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {
@@ -319,11 +336,17 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
             for (uint32_t mine = unit + (warp + FUSED_WARPS - (unit - job.first) % FUSED_WARPS) % FUSED_WARPS; mine < end;
                  mine += FUSED_WARPS) {
                 const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
-                state.score(q, [&](int n, int step) {
-                    const bf16 *key = keys + (4 * (g / 2) + g % 2 + 2 * n) * D;
-                    if constexpr (D % 32 == 0) return load<uint2>(key + step / 2 * 32 + 8 * t + step % 2 * 4);
-                    else return load<uint2>(key + 16 * step + 4 * t);
-                });
+                if (pruned && mine >= job.packed) job.load_queries(q, p, pruned = false);
+                if (pruned) {
+                    state.score(q, [&](int n, int step) {
+                        const uint32_t at = first_channel<D>(step, t), key = (4 * (g / 2) + g % 2 + 2 * n) * job.kept + at;
+                        return at < job.kept ? load<uint2>(keys + key) : make_uint2(0, 0);
+                    });
+                } else {
+                    state.score(q, [&](int n, int step) {
+                        return load<uint2>(keys + (4 * (g / 2) + g % 2 + 2 * n) * D + first_channel<D>(step, t));
+                    });
+                }
                 state.add([&](int n) { return load<uint2>(values + (8 * n + g) * 16 + 4 * t); }, mine * 16, job.begin,
                           job.end, p.scale);
             }
@@ -332,6 +355,7 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
         }
         for (uint32_t unit = job.whole; unit < job.last; unit++) {
             if ((unit - job.first) % FUSED_WARPS != warp) continue;
+            if (pruned) job.load_queries(q, p, pruned = false);
             Unit<D> slots;
             const bf16 *keys = job.keys(p, unit);
             slots.fetch_keys(keys);

@@ -3,6 +3,8 @@
 
 #include "place.cuh"
 
+#include "ffn.cuh"
+
 #include "skinny.cuh"
 
 #include "rows.cuh"
@@ -16,5 +18,7 @@
 #include "stack_one.cuh"
 
 #include "prefill.cuh"
+
+#include "pruned.cuh"
 
 #include "sample.cuh"

@@ -11,13 +11,17 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emulated")]
 pub mod emulated;
+pub mod ffn;
 pub mod fused;
 pub mod ops;
 mod page_tables;
 mod params;
+pub mod pruned;
 pub mod sampling;
 pub mod stack;
+mod step_rows;
 pub mod tables;
 #[cfg(feature = "cuda-emulated")]
 #[cfg(test)]
 mod tests;
+mod watch_tables;

@@ -4,9 +4,10 @@
 //! from [`super::tables::StepTables`], which checks each of them against the step and the pool before it is uploaded.
 
 use super::device::{Device, Gemm, Launch, Output, Part};
+use super::ffn::Skips;
 use super::params::{
-    ActivateParams, AddParams, EmbedParams, NormParams, PlaceParams, PlaceRowsParams, RotaryParams,
-    SkinnyParams,
+    ActivateParams, AddParams, EmbedParams, NormParams, PlaceParams, PlaceRowsParams, PutParams,
+    RotaryParams, SkinnyParams,
 };
 use crate::config::Activation;
 use crate::{Result, ZooError};
@@ -34,6 +35,8 @@ pub struct Tokens {
     pub count: usize,
     /// Where each lies among the step's, `[count]` u32, or [`Part::NONE`] when they are its first ones.
     pub index: Part,
+    /// Which of them the device passes over.
+    pub skips: Option<Skips>,
 }
 
 /// An RMSNorm.
@@ -182,6 +185,22 @@ pub(super) fn embed_params(
     Ok(EmbedParams { table, tokens, x, width: width as u32, scale })
 }
 
+/// `x[tokens[i]] = rows[i]`, f32 `[count, width]` to rows of the step.
+///
+/// # Errors
+/// [`ZooError::Device`].
+pub fn put_rows(
+    device: &dyn Device,
+    (rows, tokens, count): (Part, Part, usize),
+    (x, width): (Part, usize),
+) -> Result<()> {
+    need("rows", rows, 4 * count * width)?;
+    need("tokens", tokens, 4 * count)?;
+    let (rows, tokens, x) = (rows.pointer(), tokens.pointer(), x.pointer());
+    let params = PutParams { rows, tokens, x, width: width as u32, pad: 0 };
+    run(device, ("put_rows", 256, 0), [count as u32, 1, 1], &params)
+}
+
 /// cos and sin of `count` positions, times `magnitude`, into `table`, `[count, half, 2]` f32.
 ///
 /// # Errors
@@ -247,21 +266,28 @@ pub fn add_rows(
     run(device, ("add_rows", 256, 4 * 32), [tokens.count as u32, 1, 1], &params)
 }
 
-/// `out = act(gate) · up`, from rows of interleaved eights to `[count, width]` bf16.
+/// `out = act(gate) · up`, from rows of interleaved eights to `[count, width]` bf16; zeros for tokens that are passed over.
 ///
 /// # Errors
 /// [`ZooError::Device`].
 pub fn activate_rows(
     device: &dyn Device,
     (gate_up, bias): (Part, Part),
-    (out, count, width): (Part, usize, usize),
+    (out, tokens, width): (Part, Tokens, usize),
     kind: Activation,
 ) -> Result<()> {
-    need("gates", gate_up, 4 * count * width)?;
-    need("gated", out, 2 * count * width)?;
-    let (gate_up, bias, out) = (gate_up.pointer(), bias.pointer(), out.pointer());
-    let params = ActivateParams { gate_up, bias, out, width: width as u32, activation: activation(kind) };
-    run(device, ("activate_rows", 256, 0), [count as u32, 1, 1], &params)
+    need("gates", gate_up, 4 * tokens.count * width)?;
+    need("gated", out, 2 * tokens.count * width)?;
+    let params = ActivateParams {
+        gate_up: gate_up.pointer(),
+        bias: bias.pointer(),
+        out: out.pointer(),
+        index: tokens.index.pointer(),
+        width: width as u32,
+        activation: activation(kind),
+        skips: Skips::params(tokens.skips.as_ref()),
+    };
+    run(device, ("activate_rows", 256, 0), [tokens.count as u32, 1, 1], &params)
 }
 
 /// Adds biases, norms heads by `norms` where there are any, turns them, and writes them where they belong.
@@ -357,6 +383,7 @@ pub(super) fn after_params(
         index: tokens.index.pointer(),
         rows: rows as u32,
         tokens: tokens.count as u32,
+        skips: Skips::params(tokens.skips.as_ref()),
         ..bytemuck::Zeroable::zeroed()
     };
     let out = match after {

@@ -32,11 +32,17 @@ pub(super) struct PageTables {
     buffer: Option<Buffer>,
 }
 
-/// Pages of a row that a step of `slots` slots reads and writes.
-fn needed<'a>(row: &StepRow<'a>, layer: usize, slots: usize, block_size: usize) -> Result<&'a [u32]> {
+/// Pages of a row that a step of `slots` slots reads and writes, `saved` pages fewer than slots take.
+fn needed<'a>(
+    row: &StepRow<'a>,
+    layer: usize,
+    [slots, saved]: [usize; 2],
+    block_size: usize,
+) -> Result<&'a [u32]> {
     let pages = &row.block_tables[layer];
+    let count = slots.div_ceil(block_size).saturating_sub(saved);
     pages
-        .get(..slots.div_ceil(block_size))
+        .get(..count)
         .ok_or_else(|| ZooError::Step(format!("layer {layer} has {} pages for {slots} slots", pages.len())))
 }
 
@@ -54,7 +60,8 @@ pub(super) fn make_room(buffer: &mut Option<Buffer>, bytes: usize, device: &dyn 
 }
 
 impl PageTables {
-    /// Lays out the pages of all rows. `slots(row, layer)` are those that a row has in a layer after the step.
+    /// Lays out the pages of all rows. `slots(row, layer)` are those that the row of this index has in a layer after the
+    /// step, and the pages that packing them saves.
     ///
     /// # Errors
     /// [`ZooError::Step`] when a row has too few pages, or one outside the pool's `num_pages`.
@@ -62,7 +69,7 @@ impl PageTables {
         &mut self,
         batch: &StepBatch<'_>,
         (num_pages, block_size): (usize, usize),
-        slots: impl Fn(&StepRow<'_>, usize) -> usize,
+        slots: impl Fn(usize, usize) -> [usize; 2],
     ) -> Result<()> {
         if num_pages < self.num_pages {
             self.words.fill(UNKNOWN);
@@ -72,7 +79,7 @@ impl PageTables {
         let mut at = 0;
         for (index, row) in batch.rows.iter().enumerate() {
             for layer in 0..row.block_tables.len() {
-                let pages = needed(row, layer, slots(row, layer), block_size)
+                let pages = needed(row, layer, slots(index, layer), block_size)
                     .and_then(|pages| self.place(at, pages).map(|()| pages.len()));
                 let pages = pages.map_err(|error| match error {
                     ZooError::Step(what) => ZooError::Step(format!("row {index}: {what}")),

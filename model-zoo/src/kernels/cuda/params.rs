@@ -29,23 +29,32 @@ params! {
         q: Pointer, pages: Pointer, table: Pointer, rows: Pointer, within: Pointer, kv_len: Pointer,
         starts: Pointer, tables: Pointer, heads: u32, kv_heads: u32, head_dim: u32, block_size: u32,
     }
+    SkipParams { runs: Pointer, states: Pointer, stride: u32, layer: u32 }
     SkinnyParams {
         weight: Pointer, x: Pointer, norm: Pointer, bias: Pointer, out: Pointer, index: Pointer, rows: u32,
-        cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, place: PlaceParams,
+        cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, skips: SkipParams, place: PlaceParams,
     }
     EmbedParams { table: Pointer, tokens: Pointer, x: Pointer, width: u32, scale: f32 }
+    PutParams { rows: Pointer, tokens: Pointer, x: Pointer, width: u32, pad: u32 }
     RotaryParams { frequencies: Pointer, positions: Pointer, table: Pointer, half: u32, magnitude: f32 }
     NormParams { x: Pointer, index: Pointer, weight: Pointer, out: Pointer, width: u32, eps: f32 }
     AddParams { y: Pointer, bias: Pointer, norm: Pointer, index: Pointer, x: Pointer, width: u32, eps: f32 }
-    ActivateParams { gate_up: Pointer, bias: Pointer, out: Pointer, width: u32, activation: u32 }
+    ActivateParams {
+        gate_up: Pointer, bias: Pointer, out: Pointer, index: Pointer, width: u32, activation: u32,
+        skips: SkipParams,
+    }
+    WatchParams {
+        x: Pointer, before: Pointer, watched: Pointer, rules: Pointer, tallies: Pointer, states: Pointer,
+        width: u32, stride: u32, layer: u32, pad: u32,
+    }
     PlaceRowsParams {
         qkv: Pointer, bias: Pointer, q_norm: Pointer, k_norm: Pointer, index: Pointer, eps: f32, pad: u32,
         place: PlaceParams,
     }
     AttentionParams {
         q: Pointer, out: Pointer, pages: Pointer, items: Pointer, kv_len: Pointer, starts: Pointer,
-        tables: Pointer, parts: Pointer, done: Pointer, heads: u32, kv_heads: u32, block_size: u32, window: u32,
-        scale: f32, pad: u32,
+        tables: Pointer, packed: Pointer, parts: Pointer, done: Pointer, heads: u32, kv_heads: u32, block_size: u32,
+        window: u32, scale: f32, layer: u32,
     }
     StageParams {
         kind: u32, tokens: u32, head_groups: u32, splits: u32, skinny: SkinnyParams, attention: AttentionParams,
@@ -58,7 +67,7 @@ params! {
     StackPartParams { entries: Pointer, levels: u32, rows: u32, first_block: u32, first_sum: u32 }
     StackParams {
         x: Pointer, sums: Pointer, blocks: Pointer, index: Pointer, cols: u32, tokens: u32, width: u32, count: u32,
-        parts: [StackPartParams; 3],
+        skips: SkipParams, parts: [StackPartParams; 3],
     }
     StackJoinParams {
         sums: Pointer, splits: u32, tokens: u32, width: u32, eights: u32, rows: [u32; 2], first: [u32; 3], pad: u32,
@@ -66,6 +75,18 @@ params! {
     }
     StackWholeParams {
         out: Pointer, blocks: u32, cols: u32, eights: u32, count: u32, parts: [StackPartParams; 3],
+    }
+    ObserveParams {
+        q: Pointer, items: Pointer, sums: Pointer, heads: u32, kv_heads: u32, head_dim: u32, layer: u32,
+        layers: u32, pad: u32,
+    }
+    KeySquaresParams {
+        pages: Pointer, tables: Pointer, out: Pointer, list: u32, slots: u32, kv_heads: u32, head_dim: u32,
+        block_size: u32, pad: u32,
+    }
+    PackParams {
+        pages: Pointer, lines: Pointer, moves: Pointer, channels: Pointer, kept: u32, kv_heads: u32,
+        head_dim: u32, block_size: u32,
     }
     DrawParams { row: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32, uniform: f32 }
     SampleParams { logits: Pointer, draws: Pointer, tokens: Pointer, vocab: u32, pad: u32 }

@@ -11,7 +11,7 @@ struct PlaceParams {
     const uint32_t *rows;   // [step tokens]: its row, or NO_ROW
     const uint32_t *within; // [step tokens]: its index among the row's tokens
     const uint32_t *kv_len; // [rows]: slots held before the step, in this layer
-    const uint32_t *starts; // [rows]: where its pages begin in `tables`, in this layer
+    const uint32_t *starts; // [rows]: where its pages begin in `tables`, in this layer (see decode.cuh)
     const uint32_t *tables;
     uint32_t heads, kv_heads, head_dim, block_size;
 };
@@ -26,7 +26,8 @@ DEVICE PlaceTarget place_target(const PlaceParams &p, uint32_t step_token) {
     const uint32_t owner = p.rows[step_token];
     if (owner == NO_ROW) return {nullptr, 0};
     const uint32_t slot = p.kv_len[owner] + p.within[step_token];
-    const uint32_t page = p.tables[p.starts[owner] + slot / p.block_size];
+    // Where slots begin that were packed, the list begins as if they were not, maybe before word 0: words wrap around.
+    const uint32_t page = p.tables[static_cast<uint32_t>(p.starts[owner] + slot / p.block_size)];
     return {p.pages + static_cast<size_t>(page) * 2 * p.kv_heads * p.head_dim * p.block_size, slot % p.block_size};
 }
 

@@ -1,6 +1,7 @@
 // Kernels that go over rows of activations once.
 #pragma once
 #include "common.cuh"
+#include "ffn.cuh"
 #include "place.cuh"
 
 struct EmbedParams {
@@ -21,6 +22,22 @@ KERNEL(embed, EmbedParams, 256, 1) {
     lead();
     follow();
     for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) embed_one(p, blockIdx.x, i);
+}
+
+struct PutParams {
+    const float *rows;      // [rows, width]
+    const uint32_t *tokens; // [rows]
+    float *x;               // [step tokens, width]
+    uint32_t width, pad;
+};
+
+// x[tokens[i]] = rows[i]; one block a row.
+KERNEL(put_rows, PutParams, 256, 1) {
+    lead();
+    follow();
+    const float *row = p.rows + static_cast<size_t>(blockIdx.x) * p.width;
+    float *x = p.x + static_cast<size_t>(p.tokens[blockIdx.x]) * p.width;
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) x[i] = row[i];
 }
 
 struct RotaryParams {
@@ -107,7 +124,9 @@ struct ActivateParams {
     const bf16 *gate_up; // [tokens, 2 * width]: of every sixteen, eight gates and eight values
     const float *bias;   // [2 * width], or null
     bf16 *out;           // [tokens, width]
+    const uint32_t *index; // [tokens], or null
     uint32_t width, activation;
+    Skips skips;
 };
 
 // One block a token; width is a multiple of 8.
@@ -116,7 +135,13 @@ KERNEL(activate_rows, ActivateParams, 256, 1) {
     follow();
     const bf16 *row = p.gate_up + static_cast<size_t>(blockIdx.x) * 2 * p.width;
     bf16 *out = p.out + static_cast<size_t>(blockIdx.x) * p.width;
+    // A token that leaves the FFN out adds nothing.
+    const bool out_of_it = p.skips.of(p.index != nullptr ? p.index[blockIdx.x] : blockIdx.x);
     for (uint32_t i = threadIdx.x; i < p.width / 8; i += blockDim.x) {
+        if (out_of_it) {
+            *reinterpret_cast<uint4 *>(out + 8 * i) = make_uint4(0, 0, 0, 0);
+            continue;
+        }
         const uint4 gates = load<uint4>(row + 16 * i), values = load<uint4>(row + 16 * i + 8);
         const uint32_t g[4] = {gates.x, gates.y, gates.z, gates.w}, v[4] = {values.x, values.y, values.z, values.w};
         uint32_t result[4];

@@ -6,6 +6,10 @@ use super::params::{DrawParams, SampleParams};
 use crate::Result;
 use crate::models::Draw;
 
+/// Threads of a block, and tokens that it gathers in its memory.
+const THREADS: usize = 1024;
+const HEAVIER: usize = 4096;
+
 /// Bytes of `draws` on the device.
 pub fn draw_bytes(draws: &[Draw]) -> Vec<u8> {
     let params = draws.iter().map(|draw| DrawParams {
@@ -37,5 +41,10 @@ pub fn sample(
     need("tokens", tokens, 4 * draws.len())?;
     let (logits, vocab) = (logits.pointer(), vocab as u32);
     let params = SampleParams { logits, draws: part.pointer(), tokens: tokens.pointer(), vocab, pad: 0 };
-    run(device, ("sample", 1024, 4 * (64 + 2 * 1024)), [draws.len() as u32, 1, 1], &params)
+    run(
+        device,
+        ("sample", THREADS as u32, 4 * (64 + 2 * THREADS + 2 * HEAVIER)),
+        [draws.len() as u32, 1, 1],
+        &params,
+    )
 }

@@ -6,6 +6,7 @@
 // a token's result does not depend on what else is in the step.
 #pragma once
 #include "common.cuh"
+#include "ffn.cuh"
 #include "place.cuh"
 
 struct SkinnyParams {
@@ -18,6 +19,7 @@ struct SkinnyParams {
     uint32_t rows, cols, tokens, activation;
     float eps;
     uint32_t pad;
+    Skips skips;
     PlaceParams place;
 };
 
@@ -49,9 +51,11 @@ struct AddFloat {
 };
 // Of every sixteen rows eight are gates and eight the values that they let through.
 struct Gate {
-    static DEVICE void pair(const SkinnyParams &p, uint32_t token, uint32_t, uint32_t row, float a, float b) {
+    static DEVICE void pair(const SkinnyParams &p, uint32_t token, uint32_t step_token, uint32_t row, float a, float b) {
         bf16 *out = static_cast<bf16 *>(p.out) + static_cast<size_t>(token) * (p.rows / 2);
-        if (row + 8 < p.rows) out[row / 16 * 8 + row % 16] = to_bf16(activate(a, p.activation) * b);
+        // A token that leaves the FFN out adds nothing.
+        const bool out_of_it = p.skips.of(step_token);
+        if (row + 8 < p.rows) out[row / 16 * 8 + row % 16] = out_of_it ? 0 : to_bf16(activate(a, p.activation) * b);
     }
 };
 // The joint product of Q, K and V, turned, to where they belong.
@@ -103,6 +107,7 @@ DEVICE void skinny(const SkinnyParams &p) {
 #pragma unroll
     for (uint32_t u = 0; u < SKINNY_UNROLL; u++) fetch(w[u], begin + u * STRIDE);
     follow();
+    if (p.skips.all()) return;
     // Where there is no token the last one stands in: nobody looks at its result. What is normed lies among the step's
     // tokens; all else lies densely.
     const uint32_t own = min(g, p.tokens - 1), at = NORM && p.index != nullptr ? p.index[own] : own;

@@ -37,6 +37,7 @@ struct StackParams {
     const uint32_t *blocks;  // [step tokens]
     const uint32_t *index;   // [tokens]: where a token lies among the step's, or null
     uint32_t cols, tokens, width, count;
+    Skips skips;
     StackPart parts[3];      // `count` of them
 };
 
@@ -186,11 +187,15 @@ struct StackBlock {
                 *to = make_uint4(0, 0, 0, 0);
         }
     }
-    DEVICE void begin_first() const {
+    // Says whether there is anything to do: all tokens may leave the FFN out.
+    DEVICE bool begin_first() const {
         bring_weights(0);
         follow();
-        bring_x(0);
+        const bool runs = !p.skips.all();
+        if (runs) bring_x(0);
         commit_copies();
+        if (!runs) wait_copies<0>();
+        return runs;
     }
     // Unit `u` is there, and the next one on its way.
     DEVICE void turn(uint32_t u) const {
@@ -222,7 +227,7 @@ DEVICE void stack_few(const StackParams &p) {
     const StackBlock<TILES, UNITS> block(p, memory);
     const uint32_t g = block.lane / 4, t = block.lane % 4;
     float sums[STACK_TILES][TILES][4] = {};
-    block.begin_first();
+    if (!block.begin_first()) return;
     for (uint32_t u = 0; u < block.units; u++) {
         block.turn(u);
         if (!block.has) continue;
@@ -267,6 +272,7 @@ template <class Epilogue>
 DEVICE void stack_join(const StackJoinParams &p) {
     lead();
     follow();
+    if (p.skinny.skips.all()) return;
     const uint32_t pair = blockIdx.x * STACK_THREADS + threadIdx.x, token = blockIdx.y, row = pair / 8 * 16 + pair % 8;
     if (row >= p.skinny.rows) return;
     const bool second = row + 8 < p.skinny.rows;

@@ -4,6 +4,7 @@
 //! in device memory: who makes them sees to it that no token's count reaches a level that is not there.
 
 use super::device::{Device, Part};
+use super::ffn::Skips;
 use super::ops::{After, Tokens, after_params, need, run};
 use super::params::{StackJoinParams, StackParams, StackPartParams, StackWholeParams};
 use crate::kernels::cpu::bitstack::{LevelParts, LevelShape};
@@ -276,7 +277,7 @@ impl Stack<'_> {
 /// [`ZooError::Device`].
 pub fn few(device: &dyn Device, stack: &Stack<'_>, input: Input, (sums, after): (Part, After)) -> Result<()> {
     let Input { x, tokens, blocks } = input;
-    let Tokens { count, index } = tokens;
+    let Tokens { count, index, skips } = tokens;
     stack.check()?;
     if count > STACK_TOKENS {
         return Err(ZooError::Device(format!("{count} tokens for a kernel of {STACK_TOKENS}")));
@@ -298,6 +299,7 @@ pub fn few(device: &dyn Device, stack: &Stack<'_>, input: Input, (sums, after): 
         tokens: count as u32,
         width: stack.width() as u32,
         count: stack.parts.len() as u32,
+        skips: Skips::params(skips.as_ref()),
         parts: stack.parts(64 * WARPS, |index| stack.first_sum(index)),
     };
     // One token alone takes a way of its own, which keeps rows of B like those of eight tokens or sixteen.

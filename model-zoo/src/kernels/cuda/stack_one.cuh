@@ -82,7 +82,7 @@ DEVICE void stack_one(const StackParams &p) {
     const uint32_t g = block.lane / 4, t = block.lane % 4;
     float products[STACK_TILES][2 * UNITS][4] = {}, sums[STACK_TILES][2] = {};
     uint4 *rows = block.memory.end;  // [16 UNITS][STACK_ROW]
-    block.begin_first();
+    if (!block.begin_first()) return;
     for (uint32_t u = 0; u < block.units; u++) {
         block.turn(u);
         const bf16 *x = reinterpret_cast<const bf16 *>(block.x(u));

@@ -3,30 +3,22 @@
 //! Every index that kernels follow is checked here, before it is uploaded: tokens against the vocabulary, pages against
 //! the pool, slots against the pages of their row.
 
-use super::attention::{ITEM_BYTES, Items};
+use super::attention::{ITEM_BYTES, Items, PACKED_BYTES};
 use super::device::{Buffer, Device, Part};
+use super::ffn::Watch;
 use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
+use super::pruned::OBSERVED_WORDS;
+pub use super::step_rows::{Bounds, Pages, Prefix};
+use super::step_rows::{active, check, num_observed, shows};
+use super::watch_tables::WatchTables;
 use crate::compression::Sublayer;
-use crate::compression::route::{Active, Route};
-use crate::step::{LogitRows, StepBatch, StepRow};
+use crate::compression::route::{Active, Route, Span, Watched};
+use crate::step::{LogitRows, StepBatch};
 use crate::{Result, ZooError};
 
 /// In place of a row: the token is padding.
 const NO_ROW: u32 = u32::MAX;
-
-/// What indexes are checked against.
-#[derive(Debug, Clone, Copy)]
-pub struct Bounds {
-    /// Decoder layers.
-    pub layers: usize,
-    /// Rows of the embedding.
-    pub vocab: usize,
-    /// Pages of the pool.
-    pub num_pages: usize,
-    /// KV slots of a page.
-    pub block_size: usize,
-}
 
 /// The tokens that run one sublayer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -55,7 +47,15 @@ pub struct StepTables {
     num_logits: usize,
     uniform: bool,
     selections: Vec<[Selection; 2]>,
+    /// Of each layer: where the rows whose queries are observed begin, and how many they are.
+    observed: Vec<(usize, usize)>,
+    /// Rows of the batch that are observed, by the place of their sums.
+    observers: Vec<usize>,
+    watch: WatchTables,
 }
+
+/// Which tokens run a sublayer, and the spans of them.
+type Selected = (Active, Vec<Span>);
 
 /// Arrays of one word a token before the arrays by layer: tokens, positions, rows, within, logits, and items of four.
 const TOKEN_WORDS: usize = 5 + ITEM_BYTES / 4;
@@ -74,12 +74,10 @@ impl StepTables {
             num_logits: 0,
             uniform: false,
             selections,
+            observed: Vec::new(),
+            observers: Vec::new(),
+            watch: WatchTables::default(),
         }
-    }
-
-    /// KV slots of a page of the steps to come.
-    pub fn set_block_size(&mut self, block_size: usize) {
-        self.bounds.block_size = block_size;
     }
 
     /// Lays out `batch` on its way `route`, and opens and counts its decisions. A step of one token a row is padded to
@@ -90,34 +88,52 @@ impl StepTables {
     pub fn lay(
         &mut self,
         (batch, route): (&mut StepBatch<'_>, &mut Route),
-        num_pages: usize,
+        pages: Pages<'_>,
         bucket: impl Fn(usize) -> usize,
     ) -> Result<()> {
-        self.bounds.num_pages = num_pages;
+        self.bounds.num_pages = pages.count;
+        self.bounds.block_size = pages.layout.block_size;
         for (index, row) in batch.rows.iter().enumerate() {
-            check(row, &self.bounds).map_err(|what| ZooError::Step(format!("row {index}: {what}")))?;
+            let packed = pages.prefixes[index].as_ref();
+            check(row, &self.bounds, packed)
+                .map_err(|what| ZooError::Step(format!("row {index}: {what}")))?;
         }
         let sizes = (self.bounds.num_pages, self.bounds.block_size);
-        self.pages.lay(batch, sizes, |row, layer| row.kv_len[layer] + active(row, layer))?;
+        self.pages.lay(batch, sizes, |index, layer| {
+            let row = &batch.rows[index];
+            [row.kv_len[layer] + active(row, layer), pages.saved(index, row.kv_len[layer])]
+        })?;
         let count = batch.num_tokens();
-        let actives = self.select(batch, route);
+        let rows = batch.rows.iter().enumerate();
+        self.observers = rows.filter(|(_, row)| num_observed(row) > 0).map(|(index, _)| index).collect();
+        let (actives, watched) = self.select(batch, route);
         self.uniform = batch.rows.iter().all(|row| row.tokens.len() == 1)
+            && self.observers.is_empty()
+            && !batch.rows.iter().any(shows)
             && actives.iter().flatten().all(|(active, _)| !matches!(active, Active::Gather(_)));
         self.tokens = if self.uniform { bucket(count).max(count) } else { count };
         self.rows = if self.uniform { self.tokens } else { batch.rows.len() };
         self.words.clear();
         self.words.resize(self.variable(), 0);
         self.lay_tokens(batch, route);
+        let runs: Vec<usize> = actives.iter().map(|[_, (active, _)]| active.count()).collect();
+        let sizes = (self.tokens, self.uniform);
+        self.watch.lay((batch, route), (watched, &runs), sizes, &mut self.words);
+        let observed = self.observed(batch, &actives);
         for (layer, [attention, ffn]) in actives.into_iter().enumerate() {
             let before = layer.checked_sub(1).map(|before| self.selections[before]);
-            let own = [self.selection(attention, count), self.selection(ffn, count)];
+            let own = [
+                self.selection(attention, (count, pages.prefixes)),
+                self.selection(ffn, (count, pages.prefixes)),
+            ];
             // Equal choices share their lists, which is the rule: rows of one plan, and all that is dense.
             self.selections[layer] = own;
             if let Some(before) = before {
                 self.share(before, layer);
             }
         }
-        self.lay_pages(batch);
+        self.lay_observed(observed);
+        self.lay_pages(batch, pages);
         Ok(())
     }
 
@@ -126,9 +142,14 @@ impl StepTables {
         TOKEN_WORDS * self.tokens
     }
 
+    /// Where it lies what of rows is packed.
+    fn packed_at(&self) -> usize {
+        self.by_layer() + 2 * self.bounds.layers * self.rows
+    }
+
     /// Where what has no fixed place begins.
     fn variable(&self) -> usize {
-        self.by_layer() + 2 * self.bounds.layers * self.rows + 1
+        self.packed_at() + PACKED_BYTES / 4 * self.rows + 1
     }
 
     /// A word that is zero when a step begins, for blocks that count each other.
@@ -139,20 +160,21 @@ impl StepTables {
         self.part(self.variable() - 1, 1)
     }
 
-    /// What runs where, and the spans of it.
-    #[allow(clippy::type_complexity)]
+    /// What runs where, and the spans of it; and which tokens may leave out the FFN of each layer.
     fn select(
         &self,
         batch: &mut StepBatch<'_>,
         route: &mut Route,
-    ) -> Vec<[(Active, Vec<crate::compression::route::Span>); 2]> {
+    ) -> (Vec<[Selected; 2]>, Vec<Vec<Watched>>) {
         let mut of = |layer, sublayer| {
             let active = route.select(layer, sublayer, &mut batch.rows);
-            (active, route.spans().to_vec())
+            ((active, route.spans().to_vec()), route.watched().to_vec())
         };
-        (0..self.bounds.layers)
-            .map(|layer| [of(layer, Sublayer::Attention), of(layer, Sublayer::Ffn)])
-            .collect()
+        let of_layer = |layer| {
+            let ((attention, _), (ffn, watched)) = (of(layer, Sublayer::Attention), of(layer, Sublayer::Ffn));
+            ([attention, ffn], watched)
+        };
+        (0..self.bounds.layers).map(of_layer).unzip()
     }
 
     fn lay_tokens(&mut self, batch: &StepBatch<'_>, route: &Route) {
@@ -161,6 +183,8 @@ impl StepTables {
         for &row in route.order() {
             let own = &batch.rows[row];
             for (within, &token) in own.tokens.iter().enumerate() {
+                // What stands for a part of an image is no token of the vocabulary.
+                let token = if own.is_visual(within) { 0 } else { token };
                 let values = [token, (own.first_pos + within) as u32, row as u32, within as u32];
                 for (array, value) in values.into_iter().enumerate() {
                     self.words[array * stride + at] = value;
@@ -195,8 +219,8 @@ impl StepTables {
 
     fn selection(
         &mut self,
-        (active, spans): (Active, Vec<crate::compression::route::Span>),
-        count: usize,
+        (active, spans): Selected,
+        (count, prefixes): (usize, &[Option<Prefix>]),
     ) -> Selection {
         let tokens = match active {
             Active::None => return Selection::default(),
@@ -214,15 +238,22 @@ impl StepTables {
             let tokens = spans.iter().flat_map(|span| span.step_start..span.step_start + span.len);
             self.words.extend(tokens.map(|token| token as u32));
         }
-        for several in [false, true] {
-            let start = self.words.len();
-            let own = spans.iter().filter(|span| (span.len > 1) == several);
-            let items = own.map(|span| [span.start, span.row, span.first, span.len].map(|word| word as u32));
-            self.words.extend(items.flatten());
-            let list = (start, (self.words.len() - start) / 4);
-            *(if several { &mut selection.several } else { &mut selection.single }) = list;
+        // Tokens over packed slots are computed one by one, like the tokens that they stand for.
+        let single = |span: &&Span| span.len == 1 || prefixes[span.row].is_some();
+        let start = self.words.len();
+        for span in spans.iter().filter(single) {
+            for i in 0..span.len {
+                let item = [span.start + i, span.row, span.first + i, 1];
+                self.words.extend(item.map(|word| word as u32));
+            }
         }
-        selection.longest = spans.iter().map(|span| span.len).max().unwrap_or(0);
+        selection.single = (start, (self.words.len() - start) / 4);
+        let start = self.words.len();
+        let several = || spans.iter().filter(|span| !single(span));
+        let items = several().map(|span| [span.start, span.row, span.first, span.len]);
+        self.words.extend(items.flatten().map(|word| word as u32));
+        selection.several = (start, several().count());
+        selection.longest = several().map(|span| span.len).max().unwrap_or(0);
         selection
     }
 
@@ -250,7 +281,31 @@ impl StepTables {
         }
     }
 
-    fn lay_pages(&mut self, batch: &StepBatch<'_>) {
+    /// The rows whose queries are observed in each layer: the last of their tokens that run there.
+    fn observed(&self, batch: &StepBatch<'_>, actives: &[[Selected; 2]]) -> Vec<Vec<[u32; OBSERVED_WORDS]>> {
+        let of_row = |spans: &[Span], (place, &row): (usize, &usize)| {
+            let own = || spans.iter().filter(|span| span.row == row);
+            let end = own().map(|span| span.start + span.len).max()?;
+            let wanted = num_observed(&batch.rows[row]);
+            let left_out = batch.rows[row].tokens.len() - own().map(|span| span.first + span.len).max()?;
+            let count = wanted.saturating_sub(left_out).min(own().map(|span| span.len).sum());
+            (count > 0).then(|| [end - count, count, place, 0].map(|word| word as u32))
+        };
+        let of_layer = |[(_, spans), _]: &[Selected; 2]| {
+            self.observers.iter().enumerate().filter_map(|observer| of_row(spans, observer)).collect()
+        };
+        actives.iter().map(of_layer).collect()
+    }
+
+    fn lay_observed(&mut self, observed: Vec<Vec<[u32; OBSERVED_WORDS]>>) {
+        self.observed.clear();
+        for items in observed {
+            self.observed.push((self.words.len(), items.len()));
+            self.words.extend(items.into_iter().flatten());
+        }
+    }
+
+    fn lay_pages(&mut self, batch: &StepBatch<'_>, pages: Pages<'_>) {
         let (layers, rows) = (self.bounds.layers, self.rows);
         let lens = self.by_layer();
         let starts = lens + layers * rows;
@@ -258,7 +313,16 @@ impl StepTables {
             for layer in 0..layers {
                 let place = layer * rows + index;
                 self.words[lens + place] = row.kv_len[layer] as u32;
-                self.words[starts + place] = self.pages.start((index, layer), layers);
+                // Pages are found by their slots as if none were saved, in words that wrap around.
+                let saved = pages.saved(index, row.kv_len[layer]) as u32;
+                self.words[starts + place] = self.pages.start((index, layer), layers).wrapping_sub(saved);
+            }
+            if let Some(prefix) = pages.prefixes[index] {
+                let (address, saved) = (prefix.channels.address(), pages.saved(index, prefix.slots));
+                let words = [address as u32, (address >> 32) as u32, prefix.slots as u32, prefix.kept as u32];
+                let at = self.packed_at() + PACKED_BYTES / 4 * index;
+                self.words[at..at + 4].copy_from_slice(&words);
+                self.words[at + 4] = saved as u32;
             }
         }
     }
@@ -305,7 +369,35 @@ impl StepTables {
     /// The number of tokens, and of each sublayer's.
     pub fn class(&self) -> Vec<u32> {
         let of_layers = self.selections.iter().flatten().map(|selection| selection.tokens as u32);
-        std::iter::once(self.tokens as u32).chain(of_layers).collect()
+        std::iter::once(self.tokens as u32).chain(of_layers).chain(self.watch.class()).collect()
+    }
+
+    /// The most tokens that may leave out the FFN of a layer, with padding.
+    pub fn most_watched(&self) -> usize {
+        self.watch.most()
+    }
+
+    /// Which tokens may leave out the FFN of `layer`, if there are any.
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn watch(&self, layer: usize) -> Result<Option<Watch>> {
+        self.watch.of(layer, |start, words| self.part(start, words))
+    }
+
+    /// Tells the rows which FFNs their tokens have left out, once the step has run.
+    ///
+    /// # Errors
+    /// [`ZooError::Device`].
+    pub fn tell(&self, device: &dyn Device, batch: &mut StepBatch<'_>, route: &Route) -> Result<()> {
+        if !self.watch.watches() {
+            return Ok(());
+        }
+        let (start, count) = self.watch.states();
+        let mut states = vec![0u32; count];
+        device.download(self.part(start, count)?, bytemuck::cast_slice_mut(&mut states))?;
+        self.watch.tell(&states, batch, route);
+        Ok(())
     }
 
     /// Token ids, `[tokens]`.
@@ -338,7 +430,7 @@ impl StepTables {
     /// As [`StepTables::token_ids`].
     pub fn logits(&self, range: std::ops::Range<usize>) -> Result<Tokens> {
         let index = self.part(4 * self.tokens + range.start, range.len())?;
-        Ok(Tokens { count: range.len(), index })
+        Ok(Tokens { count: range.len(), index, skips: None })
     }
 
     /// The words of a list that [`StepTables::selected`] named; `None` for none.
@@ -358,6 +450,28 @@ impl StepTables {
         Ok([self.part(lens, self.rows)?, self.part(starts, self.rows)?, tables])
     }
 
+    /// What of rows is packed, `[rows]` of [`PACKED_BYTES`].
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn packed(&self) -> Result<Part> {
+        self.part(self.packed_at(), PACKED_BYTES / 4 * self.rows)
+    }
+
+    /// Rows of the batch whose queries are observed, by the place of their sums.
+    pub fn observers(&self) -> &[usize] {
+        &self.observers
+    }
+
+    /// Which queries of `layer` are observed, and of how many rows: see [`super::pruned::observe`].
+    ///
+    /// # Errors
+    /// As [`StepTables::token_ids`].
+    pub fn observed_in(&self, layer: usize) -> Result<(Part, usize)> {
+        let (start, count) = self.observed[layer];
+        Ok((self.part(start, OBSERVED_WORDS * count)?, count))
+    }
+
     /// The tokens that run `sublayer` of `layer`.
     ///
     /// # Errors
@@ -368,7 +482,8 @@ impl StepTables {
             Some(start) => self.part(start, selection.tokens)?,
             None => Part::NONE,
         };
-        Ok(Tokens { count: selection.tokens, index })
+        let watch = if sublayer == Sublayer::Ffn { self.watch(layer)? } else { None };
+        Ok(Tokens { count: selection.tokens, index, skips: watch.map(|watch| watch.skips) })
     }
 
     /// Items of the attention of `layer`: rows of one token, and rows of several.
@@ -382,30 +497,4 @@ impl StepTables {
         };
         Ok([items(single, 1)?, items(several, longest)?])
     }
-}
-
-/// Tokens of the row that write KV in `layer`.
-fn active(row: &StepRow<'_>, layer: usize) -> usize {
-    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
-}
-
-/// What of a row cannot be run, as a sentence's end.
-fn check(row: &StepRow<'_>, bounds: &Bounds) -> Result<(), String> {
-    if row.tokens.is_empty() {
-        return Err("no tokens".into());
-    }
-    if row.plan.ffn().is_some() || row.plan.pruning().is_some() {
-        return Err("its plan has a method that the GPU's engine does not run".into());
-    }
-    if !row.images.is_empty() {
-        return Err("images are not shown to models on a GPU".into());
-    }
-    if let Some(token) = row.tokens.iter().find(|&&token| token as usize >= bounds.vocab) {
-        return Err(format!("token {token} is outside the vocabulary"));
-    }
-    let layers = bounds.layers;
-    if row.kv_len.len() != layers || row.block_tables.len() != layers || row.plan.num_layers() != layers {
-        return Err(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
-    }
-    Ok(())
 }

@@ -8,11 +8,13 @@ use crate::kernels::cuda::fused::{Program, fuses};
 use crate::kernels::cuda::ops::After;
 
 impl GpuDecoder {
-    /// Whether the step that lies in the tables can be one launch: few tokens of a plain Llama in bf16.
+    /// Whether the step that lies in the tables can be one launch: few tokens of a plain Llama in bf16, all of whose sublayers are
+    /// known to run or not.
     pub(super) fn fuses(&self, step: &Step) -> bool {
         let plain = |layer: &super::Layer| layer.qk_norm.is_none() && layer.post_norms.is_none();
         let widths = [self.config.hidden_size, self.weights.ffn];
-        fuses(&*self.device, self.tables.num_tokens(), step.heads, widths)
+        self.tables.most_watched() == 0
+            && fuses(&*self.device, self.tables.num_tokens(), step.heads, widths)
             && self.weights.layers.iter().all(plain)
             && self.weights.rotary[1].is_none()
             && self.device.shard().size == 1

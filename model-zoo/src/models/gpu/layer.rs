@@ -5,6 +5,7 @@ use super::{GpuDecoder, Linear, Step};
 use crate::Result;
 use crate::compression::Sublayer;
 use crate::kernels::cuda::device::{Output, Part};
+use crate::kernels::cuda::ffn::Skips;
 use crate::kernels::cuda::ops::{
     After, Matrix, Norm, SKINNY_TOKENS, Tokens, activate_rows, add_rows, place_rows, product, rms_norm,
     skinny,
@@ -38,6 +39,7 @@ impl GpuDecoder {
             };
             place_rows(device, (wide, bias, tokens), norms, &attention.places)?;
         }
+        self.pruned.observe(device, (attention.places.q, step.heads), (&self.tables, layer))?;
         let [single, several] = self.tables.items(layer)?;
         attention.decode(device, single, self.splits(step.heads, single.count))?;
         attention.prefill(device, several)?;
@@ -45,15 +47,34 @@ impl GpuDecoder {
         self.project(&weights.o, (Part::all(&scratch.mixed), tokens), post)
     }
 
-    /// `x += down(act(gate(norm(x))) · up(norm(x)))`
+    /// `x += down(act(gate(norm(x))) · up(norm(x)))`, but for tokens that leave it out.
     pub(super) fn ffn(&self, layer: usize) -> Result<()> {
-        let (device, scratch, weights) = (&*self.device, &self.scratch, &self.weights.layers[layer]);
+        let (device, scratch) = (&*self.device, &self.scratch);
         let tokens = self.tables.selected(layer, Sublayer::Ffn)?;
         if tokens.count == 0 {
             return Ok(());
         }
+        let (x, before) = ((Part::all(&scratch.x), self.config.hidden_size), Part::all(&scratch.before));
+        let watch = self.tables.watch(layer)?;
+        if let Some(watch) = &watch {
+            watch.decide(device, x, before)?;
+        }
+        self.gated(layer, tokens)?;
+        if let Some(watch) = &watch {
+            watch.observe(device, x, before)?;
+        }
+        Ok(())
+    }
+
+    fn gated(&self, layer: usize, mut tokens: Tokens) -> Result<()> {
+        let (device, scratch, weights) = (&*self.device, &self.scratch, &self.weights.layers[layer]);
         let (gate_up, norm) = (weights.gate_up.matrix(), self.norm(&weights.ffn_norm));
         let (gated, activation) = (Part::all(&scratch.gated), self.config.activation);
+        let post = weights.post_norms.as_ref().map(|[_, after]| self.norm(after));
+        if !self.adds_at_once(post.as_ref()) {
+            // What is added is read from memory, where there have to be zeros then.
+            tokens.skips = tokens.skips.map(Skips::one_by_one);
+        }
         if let Some(gate_up) = self.in_levels(&weights.gate_up) {
             self.gate_by_levels(gate_up, (tokens, norm), (gated, activation))?;
         } else if tokens.count <= SKINNY_TOKENS {
@@ -62,10 +83,14 @@ impl GpuDecoder {
         } else {
             let wide = Part::all(&scratch.wide);
             self.normed_product(&gate_up, (tokens, norm), (wide, Output::Half))?;
-            activate_rows(device, (wide, gate_up.bias), (gated, tokens.count, gate_up.rows / 2), activation)?;
+            activate_rows(device, (wide, gate_up.bias), (gated, tokens, gate_up.rows / 2), activation)?;
         }
-        let post = weights.post_norms.as_ref().map(|[_, after]| self.norm(after));
         self.project(&weights.down, (gated, tokens), post)
+    }
+
+    /// Whether what a sublayer adds goes straight to the residual stream.
+    fn adds_at_once(&self, post: Option<&Norm>) -> bool {
+        post.is_none() && self.device.shard().size == 1
     }
 
     /// `out = matrix · norm(x)` without the bias, of many tokens.
@@ -103,7 +128,7 @@ impl GpuDecoder {
         let (device, x) = (&*self.device, Part::all(&self.scratch.x));
         let few = tokens.count <= SKINNY_TOKENS;
         let width = matrix.rows;
-        if post.is_none() && device.shard().size == 1 {
+        if self.adds_at_once(post.as_ref()) {
             if few {
                 return skinny(device, matrix, (input, tokens, None), After::Add(x));
             }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::graphs::Graphs;
+use super::images::Images;
 use super::levels::Levels;
+use super::pruned::Pruned;
 use super::scratch::Scratch;
 use super::{GpuDecoder, Layer, Linear, Weights};
 use crate::config::{DecoderConfig, RopeConfig, RopeStyle};
@@ -97,6 +99,8 @@ impl GpuDecoder {
             weights,
             levels,
             graphs: Graphs::default(),
+            pruned: Pruned::default(),
+            images: Images::default(),
             ready: 0,
             host_logits: Vec::new(),
         })

@@ -6,10 +6,12 @@
 
 mod fused;
 mod graphs;
+mod images;
 mod layer;
 mod levels;
 mod load;
 mod pool;
+mod pruned;
 mod scratch;
 mod stack;
 
@@ -23,15 +25,17 @@ use crate::kernels::cuda::device::{Buffer, Device, Part};
 use crate::kernels::cuda::ops::{self, Heads, Matrix, Norm, Tokens};
 use crate::kernels::cuda::sampling;
 use crate::kernels::cuda::stack::STACK_TOKENS;
-use crate::kernels::cuda::tables::{Bounds, StepTables};
+use crate::kernels::cuda::tables::{Bounds, Pages, StepTables};
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::models::elastic::ElasticWeights;
 use crate::models::{CausalLm, Draw, ModelDims};
 use crate::step::StepBatch;
 use crate::{Result, ZooError};
 use graphs::Graphs;
+use images::Images;
 use levels::{Joint, Levels};
 use pool::Pool;
+use pruned::Pruned;
 use scratch::Scratch;
 
 /// Logit rows that are computed at once.
@@ -48,6 +52,8 @@ pub struct GpuDecoder {
     levels: Option<Levels>,
     tables: StepTables,
     scratch: Scratch,
+    pruned: Pruned,
+    images: Images,
     graphs: Graphs,
     /// Logit rows of the last step that lie in the scratch memory from its beginning on.
     ready: usize,
@@ -150,9 +156,10 @@ impl CausalLm for GpuDecoder {
             levels.check(&batch.rows)?;
         }
         self.ready = 0;
-        self.tables.set_block_size(layout.block_size);
+        let prefixes = self.pruned.prefixes(&*self.device, batch, layout)?;
         let mut route = Route::begin(&mut batch.rows);
-        self.tables.lay((&mut *batch, &mut route), kv.num_pages(), graphs::bucket)?;
+        let pages = Pages { count: kv.num_pages(), layout, prefixes: &prefixes };
+        self.tables.lay((&mut *batch, &mut route), pages, graphs::bucket)?;
         let whole = self.tables.is_uniform() && self.tables.num_logits() == batch.rows.len();
         let grown = self.scratch.fit(&*self.device, (&self.tables, heads), self.config.vocab_size)?;
         let served = match &mut self.levels {
@@ -162,7 +169,15 @@ impl CausalLm for GpuDecoder {
         if self.tables.upload(&*self.device)? || grown || served {
             self.graphs.clear();
         }
+        self.pruned.clear_sums(
+            &*self.device,
+            (self.tables.observers().len(), self.config.num_layers),
+            layout,
+        )?;
+        self.images.bring(&*self.device, (batch, &route), self.config.hidden_size)?;
         self.run(&Step { pool, heads, whole })?;
+        self.pruned.take_sums(&*self.device, self.tables.observers(), batch)?;
+        self.tables.tell(&*self.device, batch, &route)?;
         self.ready = if whole { self.tables.num_logits() } else { 0 };
         route.finish(&mut batch.rows);
         Ok(())
@@ -257,6 +272,7 @@ impl GpuDecoder {
         let x = Part::all(&scratch.x);
         let embedding = Part::all(&self.weights.embedding.weight);
         ops::embed(device, (embedding, tables.token_ids()?), (x, count, width), self.config.embedding_scale)?;
+        self.images.put(device, (x, width))?;
         for (rotary, table) in self.weights.rotary.iter().zip(&scratch.rotary) {
             if let Some((frequencies, magnitude)) = rotary {
                 let frequencies = (Part::all(frequencies), *magnitude);
@@ -329,12 +345,20 @@ impl GpuDecoder {
             out: Part::all(&scratch.mixed),
             scale: self.config.attention_scale,
             window,
+            packed: tables.packed()?,
+            layer,
             scratch: scratch.parts.each_ref().map(Part::all),
         })
     }
 
     /// What tables of this model's steps are checked against.
     fn bounds(config: &DecoderConfig) -> Bounds {
-        Bounds { layers: config.num_layers, vocab: config.vocab_size, num_pages: 0, block_size: 16 }
+        Bounds {
+            layers: config.num_layers,
+            vocab: config.vocab_size,
+            hidden: config.hidden_size,
+            num_pages: 0,
+            block_size: 16,
+        }
     }
 }

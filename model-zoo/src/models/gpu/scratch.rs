@@ -31,6 +31,8 @@ pub(super) struct Scratch {
     pub(super) x: Buffer,
     /// A product to be added to it, f32.
     pub(super) sum: Buffer,
+    /// What it was before an FFN that tokens may leave out, f32 `[watched, hidden]`.
+    pub(super) before: Buffer,
     /// bf16, so all that follow.
     pub(super) normed: Buffer,
     pub(super) q: Buffer,
@@ -67,6 +69,7 @@ impl Scratch {
             tokens: 0,
             x: none()?,
             sum: none()?,
+            before: none()?,
             normed: none()?,
             q: none()?,
             mixed: none()?,
@@ -100,6 +103,11 @@ impl Scratch {
             self.gated = device.alloc(2 * n * ffn)?;
             self.rotary = [device.alloc(8 * n * half)?, device.alloc(8 * n * half)?];
             self.tokens = n;
+            moved = true;
+        }
+        let watched = 4 * tables.most_watched() * self.widths.hidden;
+        if self.before.len() < watched {
+            self.before = device.alloc(watched.next_power_of_two())?;
             moved = true;
         }
         // Fewer tokens are split further, and may need more.

@@ -89,7 +89,7 @@ impl GpuDecoder {
         let wide = Part::all(&self.scratch.wide);
         self.product_by_levels(gate_up, (normed, tokens), (wide, Output::Half))?;
         let width = gate_up.joint.product(Part::NONE).rows() / 2;
-        activate_rows(&*self.device, (wide, gate_up.bias), (gated, tokens.count, width), activation)
+        activate_rows(&*self.device, (wide, gate_up.bias), (gated, tokens, width), activation)
     }
 
     /// `x += post(matrix · input)`
@@ -153,7 +153,7 @@ impl GpuDecoder {
                 true => (Part::NONE, words(blocks)?),
                 false => (words(tokens.index)?, blocks),
             };
-            let input = Input { x, tokens: Tokens { count: range.len(), index }, blocks };
+            let input = Input { x, tokens: Tokens { count: range.len(), index, skips: None }, blocks };
             let after = if output == Output::Half { After::Half(out) } else { After::Float(out) };
             few(&*self.device, &stack, input, (Part::all(&matrix.levels.scratch.sums), after))?;
         }

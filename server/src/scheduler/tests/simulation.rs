@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
 
 use model_zoo::compression::PlanKey;
-use model_zoo::compression::think::PageMove;
 use model_zoo::kv_cache::PageId;
+use model_zoo::kv_cache::PageMove;
 
 use crate::scheduler::{
     AddError, PageCopy, RowOutcome, ScheduledSeq, Scheduler, SchedulerConfig, SeqId, SequenceSpec, StepPlan,
@@ -137,21 +137,20 @@ impl Simulation {
             let Some(live) = self.live.get_mut(&id) else { continue };
             live.sealed = true;
             for page_move in &seal.moves {
-                match *page_move {
-                    PageMove::Pack { layer, page, first } => {
-                        let touched = touched(live, first, block_size);
+                match page_move {
+                    PageMove::Pack { page, first, packed, .. } => {
+                        assert_eq!(packed.len(), touched(live, *first, block_size).len());
                         for offset in 0..block_size {
-                            let content = self.slots.get(&(page, offset)).copied().unwrap_or(GARBAGE);
-                            for place in touched.clone() {
-                                let slot = PACKED + first + offset;
-                                self.slots.insert((seal.packed[layer][place], slot), content);
+                            let content = self.slots.get(&(*page, offset)).copied().unwrap_or(GARBAGE);
+                            for to in packed {
+                                self.slots.insert((*to, PACKED + first + offset), content);
                             }
                         }
                     }
                     PageMove::Copy { from, to } => {
                         for offset in 0..block_size {
-                            let content = self.slots.get(&(from, offset)).copied().unwrap_or(GARBAGE);
-                            self.slots.insert((to, offset), content);
+                            let content = self.slots.get(&(*from, offset)).copied().unwrap_or(GARBAGE);
+                            self.slots.insert((*to, offset), content);
                         }
                     }
                 }

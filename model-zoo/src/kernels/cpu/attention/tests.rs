@@ -3,7 +3,7 @@ use rand::{Rng, SeedableRng};
 
 use super::*;
 use crate::kernels::cpu::pool::Pool;
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KvCache, PageMove, PrunedKeys};
 
 /// A random sequence of `len` tokens in shuffled pages, every unwritten slot NaN.
 struct Case {
@@ -148,6 +148,12 @@ fn what_is_looked_at_equals_the_softmax() {
     }
 }
 
+/// The channels that are kept of the first `len` slots.
+fn best_of(case: &Case, len: usize, query_sums: &[f32], kept: usize) -> Box<[u8]> {
+    let key_sums = case.kv.key_squares(std::slice::from_ref(&case.table), len).expect("pages on the host");
+    PrunedKeys::best((query_sums, &key_sums[0]), 2, kept)
+}
+
 /// methods.md §2 (e) 3: packed keys are those with the pruned channels zeroed, in the packed slots alone.
 #[test]
 fn a_packed_prefix_equals_keys_with_zeroed_channels() {
@@ -157,7 +163,7 @@ fn a_packed_prefix_equals_keys_with_zeroed_channels() {
         let layout = case.shape.layout;
         let packed_layout = PackedLayout { layout, kept };
         let sums: Vec<f32> = (0..80).map(|i| (i * 37 % 80) as f32).collect();
-        let channels = case.kv.best_channels((&case.table, len), &sums, kept);
+        let channels = best_of(&case, len, &sums, kept);
         // Fresh pages for the packed slots, then the dense tail as it is.
         let own = case.table.clone();
         let num_packed = packed_layout.num_pages(num_slots);
@@ -169,7 +175,10 @@ fn a_packed_prefix_equals_keys_with_zeroed_channels() {
         }
         let mut table: Vec<PageId> = (all as PageId..(all + num_packed) as PageId).rev().collect();
         for (index, &page) in own.iter().take(num_slots / block_size).enumerate() {
-            kv.pack(page, (&table, index * block_size), &channels);
+            let first = index * block_size;
+            let packed = table[packed_layout.pages_of(first, block_size)].to_vec();
+            let keys = PrunedKeys { kept, channels: vec![channels.clone()] };
+            kv.seal(&[PageMove::Pack { layer: 0, page, first, packed }], &keys).expect("pages on the host");
             kv.poison(page);
         }
         table.extend(&own[num_slots / block_size..]);
@@ -223,9 +232,9 @@ fn channels_rank_by_the_frobenius_norm_of_their_part() {
             (0..40).flat_map(|t| (0..group).map(move |g| (t, g))).map(|(t, g)| query(t, g, c).powi(2));
         *sum = (squares.sum::<f64>() / group as f64) as f32;
     }
-    let channels = case.kv.best_channels((&case.table, 40), &sums, 16);
+    let channels = best_of(&case, 40, &sums, 16);
     assert_eq!(channels[16..], best);
     // A channel that no query looks at goes first.
     sums[40 + best[0] as usize] = 0.0;
-    assert!(!case.kv.best_channels((&case.table, 40), &sums, 39)[39..].contains(&best[0]));
+    assert!(!best_of(&case, 40, &sums, 39)[39..].contains(&best[0]));
 }

@@ -106,6 +106,12 @@ inline T __shfl_up_sync(unsigned, T value, unsigned by) {
     unsigned lane = threadIdx.x & 31;
     return *static_cast<const T *>(emulate::exchange(&value, sizeof value, lane < by ? lane : lane - by));
 }
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+    unsigned lanes = 0;
+    for (int lane = 0; lane < 32; lane++) lanes |= static_cast<unsigned>(__shfl_sync(mask, holds, lane)) << lane;
+    return lanes;
+}
+inline unsigned __popc(unsigned bits) { return static_cast<unsigned>(__builtin_popcount(bits)); }
 inline void __syncwarp() {
     int nothing = 0;
     emulate::exchange(&nothing, sizeof nothing, threadIdx.x & 31);

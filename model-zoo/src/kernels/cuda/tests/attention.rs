@@ -1,22 +1,22 @@
 use super::*;
-use crate::kernels::cuda::attention::{Attention, HEAD_DIMS, Items, decode_scratch};
+use crate::kernels::cuda::attention::{Attention, HEAD_DIMS, Items, PACKED_BYTES, decode_scratch};
 use crate::kernels::cuda::ops::{After, Heads, Matrix, Norm, Places, Tokens, place_rows, skinny};
 
 /// Rows with KV, and a few tokens each, in scattered pages.
-struct Case {
-    heads: Heads,
+pub(super) struct Case {
+    pub(super) heads: Heads,
     /// KV slots before the step, and tokens in it, of each row.
-    rows: Vec<(usize, usize)>,
+    pub(super) rows: Vec<(usize, usize)>,
     /// `[row][slot][kv head][channel]`
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
-    starts: Vec<u32>,
-    tables: Vec<u32>,
-    num_pages: usize,
+    pub(super) keys: Vec<Vec<f32>>,
+    pub(super) values: Vec<Vec<f32>>,
+    pub(super) starts: Vec<u32>,
+    pub(super) tables: Vec<u32>,
+    pub(super) num_pages: usize,
 }
 
 impl Case {
-    fn new(heads: Heads, rows: &[(usize, usize)]) -> Self {
+    pub(super) fn new(heads: Heads, rows: &[(usize, usize)]) -> Self {
         let width = heads.kv * heads.dim;
         let lens = || rows.iter().map(|(before, tokens)| before + tokens);
         let noise_of = |seed: u64| {
@@ -48,7 +48,7 @@ impl Case {
     }
 
     /// The pool with the rows' first slots written, and NaN everywhere else.
-    fn pool(&self, device: &dyn Device, written: impl Fn(usize) -> usize) -> Buffer {
+    pub(super) fn pool(&self, device: &dyn Device, written: impl Fn(usize) -> usize) -> Buffer {
         let mut pool = vec![f32::NAN; self.num_pages * 2 * self.half_page()];
         for (row, (keys, values)) in self.keys.iter().zip(&self.values).enumerate() {
             for slot in 0..written(row) {
@@ -65,7 +65,7 @@ impl Case {
     }
 
     /// Softmax attention of the query of `row` at `slot`, in f64.
-    fn expected(
+    pub(super) fn expected(
         &self,
         (row, slot): (usize, usize),
         head: usize,
@@ -98,6 +98,7 @@ impl Case {
         let scale = 1.3 / (dim as f32).sqrt();
         let (q_buffer, out) = (halves(device, &q), blank(device, 2 * q.len()));
         let pool = self.pool(device, |row| self.rows[row].0 + self.rows[row].1);
+        let packed = words(device, &vec![0; PACKED_BYTES / 4 * self.rows.len()]);
         let kv_len = words(device, &self.rows.iter().map(|(before, _)| *before as u32).collect::<Vec<_>>());
         let (starts, tables) = (words(device, &self.starts), words(device, &self.tables));
         let mut lists = [Vec::new(), Vec::new()];
@@ -140,6 +141,8 @@ impl Case {
             out: Part::all(&out),
             scale,
             window,
+            packed: Part::all(&packed),
+            layer: 0,
             scratch: scratch.each_ref().map(Part::all),
         };
         let longest = self.rows.iter().map(|(_, tokens)| *tokens).max().unwrap_or(0);
@@ -268,7 +271,7 @@ fn heads_are_normed_turned_and_placed() {
             Places { q: q_part, pages, rotary, rows: owners, within, kv_len, starts, tables, heads: HEADS };
         let w_buffer = halves(device, &w);
         let matrix = Matrix { weight: Part::all(&w_buffer), bias: bias_part, rows: width, cols };
-        let tokens_of = Tokens { count: tokens, index };
+        let tokens_of = Tokens { count: tokens, index, skips: None };
         let norm = |weight| Norm { weight, eps: 1e-5 };
         let qkv = blank(device, 2 * tokens * width);
         let (plain, input) = (Matrix { bias: Part::NONE, ..matrix }, (x, tokens_of, Some(norm(weight))));

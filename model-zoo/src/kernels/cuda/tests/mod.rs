@@ -3,6 +3,7 @@
 
 mod attention;
 mod products;
+mod pruned;
 mod rows;
 mod sampling;
 mod stack;

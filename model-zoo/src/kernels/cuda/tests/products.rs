@@ -54,7 +54,7 @@ fn products_of_few_rows_equal_f64_loops() {
             };
             let what = format!("{tokens} x {rows} x {cols} {device:?}");
             let norm = Some(Norm { weight: Part::all(&norm_buffer), eps: EPS });
-            let tokens_of = Tokens { count: tokens, index: Part::all(&index_buffer) };
+            let tokens_of = Tokens { count: tokens, index: Part::all(&index_buffer), skips: None };
             let expected = biased(multiply(&normed(&chosen, &weight, EPS), &w, cols));
 
             let out = blank(device, 4 * tokens * rows);
@@ -71,7 +71,7 @@ fn products_of_few_rows_equal_f64_loops() {
             let dense_buffer = halves(device, &dense);
             let exact: Vec<f64> = dense.iter().map(|&v| f64::from(v)).collect();
             let expected = biased(multiply(&exact, &w, cols));
-            let plain = Tokens { count: tokens, index: Part::NONE };
+            let plain = Tokens { count: tokens, index: Part::NONE, skips: None };
             let out = blank(device, 4 * tokens * rows);
             skinny(device, &matrix, (Part::all(&dense_buffer), plain, None), After::Float(Part::all(&out)))
                 .unwrap();
@@ -121,7 +121,7 @@ fn gates_let_their_values_through() {
             let matrix = Matrix { weight: Part::all(&w), bias: Part::all(&bias), rows: 2 * width, cols };
             let norm = Some(Norm { weight: Part::all(&weight), eps: EPS });
             let out = blank(device, 2 * tokens * width);
-            let tokens_of = Tokens { count: tokens, index: Part::NONE };
+            let tokens_of = Tokens { count: tokens, index: Part::NONE, skips: None };
             let after = After::Gate(Part::all(&out), activation);
             skinny(device, &matrix, (Part::all(&x), tokens_of, norm), after).unwrap();
             assert_close(&read_halves(device, &out), &expected, 8e-3, &format!("{activation:?} {device:?}"));
@@ -142,7 +142,7 @@ fn a_token_gets_the_same_bits_whatever_is_beside_it() {
     let run = |count: usize, index: &[u32]| {
         let index = words(device, index);
         let out = blank(device, 4 * count * rows);
-        let tokens = Tokens { count, index: Part::all(&index) };
+        let tokens = Tokens { count, index: Part::all(&index), skips: None };
         skinny(device, &matrix, (Part::all(&x), tokens, norm), After::Float(Part::all(&out))).unwrap();
         read_floats(device, &out)
     };

@@ -31,7 +31,7 @@ fn rows_are_embedded_normed_and_added() {
         };
         let (x_buffer, weight_buffer) = (floats(device, &x), floats(device, &weight));
         let index_buffer = words(device, &index);
-        let tokens = Tokens { count, index: Part::all(&index_buffer) };
+        let tokens = Tokens { count, index: Part::all(&index_buffer), skips: None };
         let norm = Norm { weight: Part::all(&weight_buffer), eps: 1e-5 };
         let out = blank(device, 2 * count * width);
         rms_norm(device, (Part::all(&x_buffer), tokens), norm, Part::all(&out)).unwrap();
@@ -83,7 +83,8 @@ fn angles_and_activations_equal_their_formulas() {
         let buffers = (halves(device, &gate_up), floats(device, &bias));
         let out = blank(device, 2 * count * width);
         let inputs = (Part::all(&buffers.0), Part::all(&buffers.1));
-        activate_rows(device, inputs, (Part::all(&out), count, width), Activation::Silu).unwrap();
+        let tokens = Tokens { count, index: Part::NONE, skips: None };
+        activate_rows(device, inputs, (Part::all(&out), tokens, width), Activation::Silu).unwrap();
         let value =
             |token: usize, row: usize| f64::from(gate_up[token * 2 * width + row]) + f64::from(bias[row]);
         let expected: Vec<f64> = (0..count * width)

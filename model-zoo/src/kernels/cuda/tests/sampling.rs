@@ -55,8 +55,22 @@ fn the_likeliest_token_is_taken_and_bad_rows_are_told() {
 
 #[test]
 fn draws_follow_the_kept_tokens() {
-    let vocab = 1103;
-    let logits: Vec<f32> = noise(2, vocab).iter().map(|v| v * 4.0).collect();
+    check_draws(&noise(2, 1103).iter().map(|v| v * 4.0).collect::<Vec<f32>>());
+}
+
+#[test]
+fn draws_of_many_tokens_follow_the_kept_ones() {
+    // So many weights alike that not even the heaviest are few; then a few above them.
+    let flat = noise(3, 6007);
+    check_draws(&flat);
+    let raised = |by: f32| {
+        flat.iter().enumerate().map(|(i, v)| v + if i % 211 == 5 { by } else { 0.0 }).collect::<Vec<f32>>()
+    };
+    check_draws(&raised(6.0));
+}
+
+fn check_draws(logits: &[f32]) {
+    let vocab = logits.len();
     let sets = [
         Draw { temperature: 1.0, ..GREEDY },
         Draw { temperature: 0.7, top_k: 5, ..GREEDY },
@@ -68,7 +82,7 @@ fn draws_follow_the_kept_tokens() {
     for device in devices() {
         let device = &*device;
         for set in sets {
-            let kept = kept(&logits, &set);
+            let kept = kept(logits, &set);
             let total: f64 = kept.iter().map(|(_, w)| w).sum();
             // Through the middle of each token's share, and both ends.
             let mut before = 0.0;
@@ -85,7 +99,7 @@ fn draws_follow_the_kept_tokens() {
                 expected.push(kept[at].0);
                 draws.push(Draw { uniform, ..set });
             }
-            assert_eq!(run(device, (&logits, vocab), &draws), expected, "{set:?} {device:?}");
+            assert_eq!(run(device, (logits, vocab), &draws), expected, "{set:?} {device:?}");
         }
     }
 }

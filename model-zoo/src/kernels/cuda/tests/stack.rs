@@ -146,7 +146,7 @@ impl<'a> Bench<'a> {
         let mut step = vec![1000; 2 * self.index.len() + 1];
         self.index.iter().zip(&self.blocks).for_each(|(&at, &blocks)| step[at as usize] = blocks);
         let (index, step) = (words(self.device, &index), words(self.device, &step));
-        let tokens = Tokens { count: which.len(), index: Part::all(&index) };
+        let tokens = Tokens { count: which.len(), index: Part::all(&index), skips: None };
         let input = Input { x: Part::all(&x), tokens, blocks: Part::all(&step) };
         let stack = self.stack();
         let sums = blank(self.device, stack.sums_bytes(self.device, which.len()));
@@ -276,7 +276,7 @@ fn what_does_not_fit_is_refused() {
     let (x, blocks, out) = (blank(device, 2 * 3 * 64), words(device, &[0; 3]), blank(device, 4 * 3 * 16));
     let sums = blank(device, bench.stack().sums_bytes(device, 3));
     let run = |stack: &Stack<'_>, count: usize, x: &Buffer| {
-        let tokens = Tokens { count, index: Part::NONE };
+        let tokens = Tokens { count, index: Part::NONE, skips: None };
         let input = Input { x: Part::all(x), tokens, blocks: Part::all(&blocks) };
         few(device, stack, input, (Part::all(&sums), After::Float(Part::all(&out))))
     };

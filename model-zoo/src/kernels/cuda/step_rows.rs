@@ -1,0 +1,96 @@
+//! The rows of a step as the kernels see them: checked, and what of them is packed, observed, or shows an image.
+
+use super::device::Part;
+use crate::compression::Sublayer;
+use crate::kv_cache::{KvLayout, PackedLayout};
+use crate::step::StepRow;
+
+/// What indexes are checked against.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Rows of the embedding, and their width.
+    pub vocab: usize,
+    /// See there.
+    pub hidden: usize,
+    /// Pages of the pool.
+    pub num_pages: usize,
+    /// KV slots of a page.
+    pub block_size: usize,
+}
+
+/// The slots of a row that are packed, its first ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefix {
+    /// How many: whole pages' worth.
+    pub slots: usize,
+    /// Channels kept of their keys.
+    pub kept: usize,
+    /// Where the channels lie on the device, `[layers, num_kv_heads, kept]` u8.
+    pub channels: Part,
+}
+
+/// What a step needs to know of the pool and of its rows beside the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Pages<'a> {
+    /// Pages of the pool.
+    pub count: usize,
+    /// Their geometry.
+    pub layout: KvLayout,
+    /// What is packed of each row.
+    pub prefixes: &'a [Option<Prefix>],
+}
+
+impl Pages<'_> {
+    /// Pages that packing saves a row in a layer.
+    pub(super) fn saved(&self, row: usize, kv_len: usize) -> usize {
+        let Some(prefix) = self.prefixes[row].filter(|prefix| kv_len >= prefix.slots) else { return 0 };
+        let packed = PackedLayout { layout: self.layout, kept: prefix.kept };
+        (prefix.slots / self.layout.block_size).saturating_sub(packed.num_pages(prefix.slots))
+    }
+}
+
+/// Tokens of the row that write KV in `layer`.
+pub(super) fn active(row: &StepRow<'_>, layer: usize) -> usize {
+    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
+}
+
+/// Tokens of the row, its last ones, whose queries choose the channels that its keys keep.
+pub(super) fn num_observed(row: &StepRow<'_>) -> usize {
+    let Some(pruning) = row.plan.pruning().filter(|_| row.state.pruning.keys.is_none()) else { return 0 };
+    let positions = row.first_pos..row.first_pos + row.tokens.len();
+    positions.filter(|&position| pruning.observes(position)).count()
+}
+
+/// What of a row cannot be run, as a sentence's end.
+pub(super) fn check(row: &StepRow<'_>, bounds: &Bounds, packed: Option<&Prefix>) -> Result<(), String> {
+    if row.tokens.is_empty() {
+        return Err("no tokens".into());
+    }
+    let range = row.first_pos..row.first_pos + row.tokens.len();
+    if row.plan.filter().is_some() || !row.plan.absent(range).is_empty() {
+        return Err("its plan leaves out image tokens, which the GPU's engine does not".into());
+    }
+    if row.images.iter().any(|image| image.embeddings.hidden_size() != bounds.hidden) {
+        return Err("the embeddings of an image are not as wide as this model".into());
+    }
+    let unknown = |&(index, &token): &(usize, &u32)| token as usize >= bounds.vocab && !row.is_visual(index);
+    if let Some((_, token)) = row.tokens.iter().enumerate().find(unknown) {
+        return Err(format!("token {token} is outside the vocabulary"));
+    }
+    let layers = bounds.layers;
+    if row.kv_len.len() != layers || row.block_tables.len() != layers || row.plan.num_layers() != layers {
+        return Err(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
+    }
+    let partly = |&len: &usize| packed.is_some_and(|prefix| 0 < len && len < prefix.slots);
+    if let Some(len) = row.kv_len.iter().find(|len| partly(len)) {
+        return Err(format!("{len} slots of KV, fewer than are packed"));
+    }
+    Ok(())
+}
+
+/// Whether some token of the row stands for a part of an image.
+pub(super) fn shows(row: &StepRow<'_>) -> bool {
+    !row.images.is_empty() && (0..row.tokens.len()).any(|index| row.is_visual(index))
+}
