@@ -71,15 +71,6 @@ impl Target {
         }
     }
 
-    /// Refuses `what` on a GPU.
-    fn only_cpu(&self, what: &str) -> Result<()> {
-        if matches!(self, Self::Cpu) {
-            return Ok(());
-        }
-        let sentence = format!("{what} are not run on a GPU by this server; use device = \"cpu\"");
-        Err(ZooError::Unsupported(sentence))
-    }
-
     /// Joules that the device has used since its driver was loaded, where it has a meter.
     pub fn joules(&self) -> Option<f64> {
         match self {
@@ -148,15 +139,35 @@ pub fn load(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
 
 /// A model whose weights come in levels: of these as many as the budget holds.
 fn load_artefact(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {
-    options.device.only_cpu("BitStack artefacts")?;
     let artefact = Artefact::open(path)?;
     let (config, tokenizer) = (artefact.config().clone(), artefact.tokenizer()?);
     // A second handle: the blocks are read when they are wanted, long after everything else.
     let levels = Box::new(ArtefactLevels::new(Artefact::open(path)?));
-    let machine = (options.threads.get(), Isa::detect());
-    let weights = (&artefact.tensors() as &dyn WeightSource, levels as Box<dyn LevelSource>);
-    let model = CpuDecoder::load_in_levels(config, weights, machine, options.weight_budget)?;
-    Ok(LoadedModel { model: Box::new(model), tokenizer, vision: None })
+    let model = build_in_levels(config, (&artefact.tensors(), levels), options)?;
+    Ok(LoadedModel { model, tokenizer, vision: None })
+}
+
+/// A decoder of `config` over weights of which those of `levels` come in levels: for weights that come from no file.
+///
+/// # Errors
+/// As [`load`].
+pub fn build_in_levels(
+    config: DecoderConfig,
+    (weights, levels): (&dyn WeightSource, Box<dyn LevelSource>),
+    options: &LoadOptions,
+) -> Result<Box<dyn CausalLm>> {
+    let (weights, budget) = ((weights, levels), options.weight_budget);
+    match &options.device {
+        Target::Cpu => {
+            let machine = (options.threads.get(), Isa::detect());
+            Ok(Box::new(CpuDecoder::load_in_levels(config, weights, machine, budget)?))
+        }
+        #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+        Target::Device(device) => {
+            let device = std::sync::Arc::clone(device);
+            Ok(Box::new(crate::models::gpu::GpuDecoder::load_in_levels(config, weights, device, budget)?))
+        }
+    }
 }
 
 fn load_gguf(path: &Path, options: &LoadOptions) -> Result<LoadedModel> {

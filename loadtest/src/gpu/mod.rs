@@ -1,11 +1,14 @@
-//! The engine's speed on a GPU at the shapes of known models, with random bf16 weights: decode at a context of 1,024
-//! tokens and prefill of 2,048, through [`CausalLm`], beside what must be reached.
+//! The engine's speed on a GPU at the shapes of known models, with random weights, bf16 or BitStack levels: decode at a
+//! context of 1,024 tokens and prefill of 2,048, through [`CausalLm`], beside what must be reached.
 
 mod bench;
 mod plans;
 mod shape;
 
-use model_zoo::loader::Target;
+use model_zoo::compression::bitstack::random::RandomLevels;
+use model_zoo::config::DecoderConfig;
+use model_zoo::loader::{LoadOptions, Target, build_in_levels, build_on};
+use model_zoo::models::CausalLm;
 use model_zoo::weights::RandomWeights;
 
 use bench::{Bench, SIZES, Sizes};
@@ -21,8 +24,11 @@ pub(crate) struct Options {
     #[arg(long, value_delimiter = ',', default_value = "1,8,32,128")]
     batches: Vec<usize>,
     /// Plans that leave work out, beside the dense one, for one row
-    #[arg(long)]
+    #[arg(long, conflicts_with = "levels")]
     plans: bool,
+    /// Weights of so many BitStack levels of rank 16, in place of bf16 ones
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..))]
+    levels: Option<u8>,
     /// Index of the GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -48,9 +54,10 @@ fn measure((shape, sizes): (&Shape, Sizes), target: &Target, options: &Options) 
     let most = batches.iter().copied().max().unwrap_or(1).max(1);
     let config = shape.config();
     let weights = RandomWeights::of(&config, 0.02);
-    let model = model_zoo::loader::build_on(config, &weights, target)?;
+    let kind = options.levels.map_or("bf16".into(), |levels| format!("{levels} levels"));
+    let model = build(config, (&weights, options.levels), target)?;
     println!(
-        "| {} | {} | {} MiB of weights | | |",
+        "| {} | {}, {kind} | {} MiB of weights | | |",
         shape.name,
         model.device(),
         model.dims().weight_bytes >> 20
@@ -80,6 +87,21 @@ fn measure((shape, sizes): (&Shape, Sizes), target: &Target, options: &Options) 
     batches.iter().try_for_each(|&batch| plans::prune_keys(shape, (&mut bench, batch), target))
 }
 
+/// The rank that artefacts of large models are made with.
+const LEVEL_RANK: usize = 16;
+
+/// A decoder with random weights: matrices of layers in bf16, or in so many levels.
+fn build(
+    config: DecoderConfig,
+    (weights, levels): (&RandomWeights, Option<u8>),
+    target: &Target,
+) -> model_zoo::Result<Box<dyn CausalLm>> {
+    let Some(levels) = levels else { return build_on(config, weights, target) };
+    let levels = Box::new(RandomLevels::of(&config, levels.into(), LEVEL_RANK));
+    let options = LoadOptions { device: target.clone(), ..LoadOptions::default() };
+    build_in_levels(config, (weights, levels), &options)
+}
+
 #[cfg(feature = "cuda-emulated")]
 #[cfg(test)]
 mod tests {
@@ -92,25 +114,34 @@ mod tests {
     #[test]
     fn every_measurement_runs_on_the_emulated_device() {
         let goals = [""; 4];
-        let (hidden, ffn, heads) = (32, 40, [4, 2]);
-        let shape =
-            Shape { name: "tiny", hidden, ffn, layers: 2, heads, head_dim: 16, vocab: 50, tied: true, goals };
         let sizes = Sizes { context: 9, prefill: 40, chunk: 35, warm: 3, steps: 2 };
         let target = Target::Device(Arc::new(Emulated::new(Order::Upwards)));
-        let weights = RandomWeights::of(&shape.config(), 0.1);
-        let model = model_zoo::loader::build_on(shape.config(), &weights, &target).unwrap();
-        let mut bench = Bench::new(model, 3, sizes).unwrap();
-        for batch in [1, 3] {
-            let (seconds, joules) = bench.decode(batch, &target).unwrap();
-            assert!(seconds > 0.0 && joules.is_none());
-            assert_eq!(bench.lens[..batch], vec![9 + 5; batch], "every step ran every row");
+        let mut bytes = Vec::new();
+        for (ffn, levels) in [(40, None), (64, None), (64, Some(3))] {
+            let (hidden, heads, head_dim) = (32, [4, 2], 16);
+            let shape =
+                Shape { name: "tiny", hidden, ffn, layers: 2, heads, head_dim, vocab: 50, tied: true, goals };
+            let weights = RandomWeights::of(&shape.config(), 0.1);
+            let model = build(shape.config(), (&weights, levels), &target).unwrap();
+            bytes.push(model.dims().weight_bytes);
+            let mut bench = Bench::new(model, 3, sizes).unwrap();
+            for batch in [1, 3] {
+                let (seconds, joules) = bench.decode(batch, &target).unwrap();
+                assert!(seconds > 0.0 && joules.is_none());
+                assert_eq!(bench.lens[..batch], vec![9 + 5; batch], "every step ran every row");
+            }
+            assert!(bench.prefill().unwrap() > 0.0);
+            assert_eq!(bench.lens[0], 40);
+            // Plans are measured by weights in bf16 only.
+            if ffn != 40 {
+                continue;
+            }
+            plans::skip_ffns(&shape, &mut bench, &target).unwrap();
+            assert!(bench.states[0].ffns_skipped > 0);
+            bench.sizes.context = 90;
+            plans::prune_keys(&shape, (&mut bench, 2), &target).unwrap();
+            assert!(bench.tables[1][0].len() < bench.pages[1][0].len(), "pages were packed");
         }
-        assert!(bench.prefill().unwrap() > 0.0);
-        assert_eq!(bench.lens[0], 40);
-        plans::skip_ffns(&shape, &mut bench, &target).unwrap();
-        assert!(bench.states[0].ffns_skipped > 0);
-        bench.sizes.context = 90;
-        plans::prune_keys(&shape, (&mut bench, 2), &target).unwrap();
-        assert!(bench.tables[1][0].len() < bench.pages[1][0].len(), "pages were packed");
+        assert_ne!(bytes[1], bytes[2], "levels are other weights");
     }
 }

@@ -4,6 +4,7 @@ pub mod decoder;
 pub mod elastic;
 #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
 pub mod gpu;
+mod levels;
 pub mod toy;
 
 use crate::Result;

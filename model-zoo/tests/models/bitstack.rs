@@ -18,12 +18,12 @@ use crate::tiny::{LAYERS, write};
 
 const LEVELS: usize = 4;
 const RANK: usize = 3;
-const BLOCKS: usize = (LEVELS - 1) * 7 * LAYERS;
+pub(crate) const BLOCKS: usize = (LEVELS - 1) * 7 * LAYERS;
 const PROMPT: [u32; 19] = [5, 9, 200, 31, 7, 7, 81, 14, 3, 99, 120, 44, 61, 8, 250, 17, 23, 42, 4];
 const CAPACITY: usize = 48;
 
 /// A folder with a checkpoint and its artefact.
-fn artefact() -> (TempDir, PathBuf) {
+pub(crate) fn artefact() -> (TempDir, PathBuf) {
     let folder = write(|_| false);
     let path = folder.path().join("tiny.bitstack");
     write_artefact(folder.path(), &path, (LEVELS, RANK));
@@ -35,7 +35,7 @@ fn load_within(path: &Path, weight_budget: Option<u64>) -> model_zoo::Result<Box
 }
 
 /// Bytes with `blocks` held.
-fn bytes_of(model: &mut dyn CausalLm, blocks: usize) -> u64 {
+pub(crate) fn bytes_of(model: &mut dyn CausalLm, blocks: usize) -> u64 {
     model.elastic().unwrap().bytes_of(blocks)
 }
 
@@ -54,7 +54,7 @@ fn logits(runner: &mut Runner, blocks: Option<usize>, decoded: &[u32]) -> Vec<Ve
 const DECODED: [u32; 9] = [77, 3, 190, 66, 12, 240, 9, 9, 31];
 
 /// The checkpoint in `folder` with the matrices that the first `blocks` of the artefact add up to, in f32.
-fn summed(folder: &Path, path: &Path, blocks: usize) -> TempDir {
+pub(crate) fn summed(folder: &Path, path: &Path, blocks: usize) -> TempDir {
     let artefact = Artefact::open(path).unwrap();
     let mut sums: HashMap<LinearId, Vec<f32>> = HashMap::new();
     for entry in artefact.base().iter().chain(&artefact.stack()[..blocks]) {

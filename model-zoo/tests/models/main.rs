@@ -12,6 +12,8 @@ mod download;
 #[cfg(feature = "cuda-emulated")]
 mod gpu;
 #[cfg(feature = "cuda-emulated")]
+mod gpu_levels;
+#[cfg(feature = "cuda-emulated")]
 mod gpu_methods;
 mod llava;
 mod logits;

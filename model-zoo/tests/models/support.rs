@@ -91,6 +91,14 @@ impl Runner {
         Sequence { block_tables, len: 0, plan, state, images: Vec::new() }
     }
 
+    /// Takes the pages of a sequence that has ended, poisoned.
+    #[cfg(feature = "cuda-emulated")]
+    pub(crate) fn give_back(&mut self, sequence: Sequence) {
+        let pages: Vec<PageId> = sequence.block_tables.into_iter().flatten().collect();
+        pages.iter().for_each(|&page| self.kv.poison(page));
+        self.free.extend(pages);
+    }
+
     /// Runs one step; returns its logits, row after row.
     pub(crate) fn step(&mut self, chunks: Vec<Chunk<'_>>) -> model_zoo::Result<Vec<Vec<f32>>> {
         let dims = self.model.dims().clone();

@@ -24,6 +24,7 @@ pub mod linalg;
 pub mod order;
 pub mod published;
 pub mod quantized;
+pub mod random;
 pub mod scale;
 pub mod serve;
 pub mod signs;

@@ -1,12 +1,10 @@
 //! The artefact as a source of levels for the decoder, and the levels that a request asks for.
 
-use std::borrow::Cow;
-
 use super::artefact::{Artefact, BlockEntry};
 use crate::compression::options::BitStack;
 use crate::compression::{Context, Plan, refuse};
-use crate::kernels::cpu::bitstack::{Level, LevelParts, LevelShape};
-use crate::weights::levels::{LevelEntry, LevelSource};
+use crate::kernels::cpu::bitstack::LevelShape;
+use crate::weights::levels::{LevelEntry, LevelSource, StoredLevel};
 use crate::{Result, ZooError};
 
 /// An opened artefact whose blocks are read when they are wanted.
@@ -34,26 +32,14 @@ impl ArtefactLevels {
         Self { artefact, base, stack }
     }
 
-    /// Reads the level of `entry`, which lies at `block`. Of its bytes there is one copy beside the level itself.
-    fn level(&self, entry: &LevelEntry, block: &BlockEntry) -> Result<Level> {
+    /// Reads the level of `entry`, which lies at `block`.
+    fn level(&self, entry: &LevelEntry, block: &BlockEntry) -> Result<StoredLevel> {
         let bytes = self.artefact.read_bytes(block)?;
-        let LevelShape { rows, cols, rank } = entry.shape;
-        let malformed = || {
-            let what = format!("level {} of {} has {} bytes", entry.level, entry.matrix, bytes.len());
+        let len = bytes.len();
+        StoredLevel::new(entry.shape, bytes).ok_or_else(|| {
+            let what = format!("level {} of {} has {len} bytes", entry.level, entry.matrix);
             ZooError::format(self.artefact.path(), what)
-        };
-        let (signs, factors) = bytes.split_at_checked(rows * cols / 8).ok_or_else(malformed)?;
-        let halves = words(factors);
-        let (left, right) = halves.split_at_checked(rows * rank).ok_or_else(malformed)?;
-        Level::new(entry.shape, &LevelParts { signs, left, right })
-    }
-}
-
-/// Little-endian words, in place where the machine and the alignment allow it.
-fn words(bytes: &[u8]) -> Cow<'_, [u16]> {
-    match bytemuck::try_cast_slice(bytes) {
-        Ok(words) if cfg!(target_endian = "little") => Cow::Borrowed(words),
-        _ => bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect(),
+        })
     }
 }
 
@@ -66,11 +52,11 @@ impl LevelSource for ArtefactLevels {
         &self.stack
     }
 
-    fn read_base(&self, index: usize) -> Result<Level> {
+    fn read_base(&self, index: usize) -> Result<StoredLevel> {
         self.level(&self.base[index], &self.artefact.base()[index])
     }
 
-    fn read(&self, index: usize) -> Result<Level> {
+    fn read(&self, index: usize) -> Result<StoredLevel> {
         self.level(&self.stack[index], &self.artefact.stack()[index])
     }
 }

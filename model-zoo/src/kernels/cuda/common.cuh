@@ -53,6 +53,31 @@ DEVICE uint32_t pack(float first, float second) {
 }
 DEVICE bf16 to_bf16(float value) { return static_cast<bf16>(pack(value, 0.0f)); }
 
+// a & mask | bits, as one instruction.
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+#ifdef __CUDACC__
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+    return result;
+#else
+    return (a & mask) | bits;
+#endif
+}
+
+// An f16 from its bits.
+DEVICE float half_to_float(uint32_t bits) {
+#ifdef __CUDACC__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(bits)));
+    return value;
+#else
+    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const float sign = bits >> 15 & 1 ? -1.0f : 1.0f;
+    if (exponent == 31) return sign * (mantissa != 0 ? NAN : INFINITY);
+    return sign * (exponent == 0 ? ldexpf(mantissa, -24) : ldexpf(mantissa + 1024, static_cast<int>(exponent) - 25));
+#endif
+}
+
 // Sixteen bytes that are read once: past the first cache.
 DEVICE uint4 load_stream(const void *at) {
 #ifdef __CUDACC__
@@ -131,17 +156,10 @@ DEVICE void lead() {
 #endif
 }
 
-// c[16 x 8] += a[16 x 16] * b[16 x 8], bf16 in, f32 out, by a whole warp. With g = lane / 4 and t = lane % 4 a lane has
-// a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) and each one's right neighbour; b: (2t, g), (2t + 8, g) and each
-// one's lower neighbour; c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#ifdef __CUDACC__
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
+#ifndef __CUDACC__
+// c += a * b as `mma` says, where `value` widens the low or the high half of an operand's word.
+template <class Value>
+DEVICE void mma_emulated(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
     struct Own {
         uint32_t a[4], b[2];
     } own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
@@ -154,9 +172,37 @@ DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         for (unsigned k = 0; k < 16; k++) {
             const uint32_t x = of(row % 8 * 4 + k % 8 / 2)->a[row / 8 + 2 * (k / 8)];
             const uint32_t y = of(column * 4 + k % 8 / 2)->b[k / 8];
-            c[i] += k % 2 ? high(x) * high(y) : low(x) * low(y);
+            c[i] += value(x, k % 2) * value(y, k % 2);
         }
     }
+}
+#endif
+
+// c[16 x 8] += a[16 x 16] * b[16 x 8], bf16 in, f32 out, by a whole warp. With g = lane / 4 and t = lane % 4 a lane has
+// a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) and each one's right neighbour; b: (2t, g), (2t + 8, g) and each
+// one's lower neighbour; c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    mma_emulated(c, a, b, [](uint32_t pair, bool second) { return second ? high(pair) : low(pair); });
+#endif
+}
+
+// The same of f16.
+DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    mma_emulated(c, a, b, [](uint32_t pair, bool second) { return half_to_float(second ? pair >> 16 : pair); });
 #endif
 }
 

@@ -13,6 +13,10 @@
 
 #include "fused.cuh"
 
+#include "stack.cuh"
+
+#include "stack_one.cuh"
+
 #include "prefill.cuh"
 
 #include "pruned.cuh"

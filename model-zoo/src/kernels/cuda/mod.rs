@@ -18,6 +18,7 @@ mod page_tables;
 mod params;
 pub mod pruned;
 pub mod sampling;
+pub mod stack;
 mod step_rows;
 pub mod tables;
 #[cfg(feature = "cuda-emulated")]

@@ -362,21 +362,29 @@ pub(super) fn skinny_params(
     if norm.is_none() {
         need("x", x, 2 * tokens.count * cols)?;
     }
-    let mut params = SkinnyParams {
+    Ok(SkinnyParams {
         weight: weight.pointer(),
         x: x.pointer(),
         norm: norm.map_or(0, |norm| norm.weight.pointer()),
+        cols: cols as u32,
+        eps: norm.map_or(0.0, |norm| norm.eps),
+        ..after_params((rows, bias), tokens, after)?
+    })
+}
+
+/// What comes after a product of `rows` outputs a token, checked: of [`SkinnyParams`] all that is not about its inputs.
+pub(super) fn after_params(
+    (rows, bias): (usize, Part),
+    tokens: Tokens,
+    after: After,
+) -> Result<SkinnyParams> {
+    let mut params = SkinnyParams {
         bias: bias.pointer(),
-        out: 0,
         index: tokens.index.pointer(),
         rows: rows as u32,
-        cols: cols as u32,
         tokens: tokens.count as u32,
-        activation: 0,
-        eps: norm.map_or(0.0, |norm| norm.eps),
-        pad: 0,
         skips: Skips::params(tokens.skips.as_ref()),
-        place: bytemuck::Zeroable::zeroed(),
+        ..bytemuck::Zeroable::zeroed()
     };
     let out = match after {
         After::Float(out) => (out, 4 * tokens.count * rows),

@@ -64,6 +64,18 @@ params! {
         stages: Pointer, maps: Pointer, arrived: Pointer, from: u32, to: u32, room: u32, slots: u32, ahead: u32,
         pad: u32,
     }
+    StackPartParams { entries: Pointer, levels: u32, rows: u32, first_block: u32, first_sum: u32 }
+    StackParams {
+        x: Pointer, sums: Pointer, blocks: Pointer, index: Pointer, cols: u32, tokens: u32, width: u32, count: u32,
+        skips: SkipParams, parts: [StackPartParams; 3],
+    }
+    StackJoinParams {
+        sums: Pointer, splits: u32, tokens: u32, width: u32, eights: u32, rows: [u32; 2], first: [u32; 3], pad: u32,
+        skinny: SkinnyParams,
+    }
+    StackWholeParams {
+        out: Pointer, blocks: u32, cols: u32, eights: u32, count: u32, parts: [StackPartParams; 3],
+    }
     ObserveParams {
         q: Pointer, items: Pointer, sums: Pointer, heads: u32, kv_heads: u32, head_dim: u32, layer: u32,
         layers: u32, pad: u32,

@@ -433,6 +433,12 @@ impl StepTables {
         Ok(Tokens { count: range.len(), index, skips: None })
     }
 
+    /// The words of a list that [`StepTables::selected`] named; `None` for none.
+    pub fn list(&self, index: Part) -> Option<&[u32]> {
+        let first = index.address().checked_sub(self.buffer.as_ref()?.address())? as usize / 4;
+        self.words.get(first..first + index.len() / 4).filter(|list| !list.is_empty())
+    }
+
     /// KV lengths of a layer, and where its pages begin, `[rows]` each; and all pages.
     ///
     /// # Errors

@@ -1,6 +1,5 @@
 //! Reading a decoder's weights.
 
-use super::stack::{Matrices, Stack, matrices};
 use super::{CpuDecoder, Layer, Scratch, Weights};
 use crate::config::DecoderConfig;
 use crate::kernels::cpu::isa::Isa;
@@ -9,6 +8,7 @@ use crate::layers::linear::{Cpu, Linear, to_f32};
 use crate::layers::rotary::Rotary;
 use crate::layers::stack::StackMatrix;
 use crate::models::ModelDims;
+use crate::models::levels::{Matrices, Stack, matrices};
 use crate::weights::WeightSource;
 use crate::weights::levels::LevelSource;
 use crate::{Result, ZooError};
@@ -56,7 +56,8 @@ impl CpuDecoder {
         budget: Option<u64>,
     ) -> Result<Self> {
         let mut decoder = Self::read(config, source, (threads, isa), matrices(&*levels)?)?;
-        decoder.stack = Some(Stack::new(levels, decoder.weights.bytes() as u64));
+        decoder.stack =
+            Some(Stack::new(levels, decoder.weights.bytes() as u64, |entry| entry.shape.held_bytes() as u64));
         decoder.fill_stack(budget)?;
         decoder.dims.weight_bytes = decoder.weights.bytes();
         Ok(decoder)

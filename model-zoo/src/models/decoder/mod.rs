@@ -23,10 +23,10 @@ use crate::layers::linear::{ActivationScratch, Activations, Cpu, Linear};
 use crate::layers::rotary::{Rotary, RotaryTable};
 use crate::layers::stack::Service;
 use crate::models::elastic::ElasticWeights;
+use crate::models::levels::Stack;
 use crate::models::{CausalLm, ModelDims};
 use crate::step::{LogitRows, StepBatch};
 use crate::{Result, ZooError};
-use stack::Stack;
 
 /// A decoder with its weights, ready to run steps.
 #[derive(Debug)]

@@ -1,15 +1,12 @@
 //! Weights in levels: what is held of them, and how it grows and shrinks between steps.
 
-use std::collections::HashMap;
-
 use super::{CpuDecoder, Layer, Weights};
 use crate::compression::route::Span;
-use crate::kernels::cpu::bitstack::LevelShape;
 use crate::layers::linear::Linear;
 use crate::layers::stack::{Service, StackMatrix};
 use crate::models::elastic::ElasticWeights;
+use crate::models::levels::Stack;
 use crate::step::StepRow;
-use crate::weights::levels::{LevelEntry, LevelSource};
 use crate::{Result, ZooError};
 
 /// The matrices of a layer that may come in levels, by their names below `model.layers.N`.
@@ -22,64 +19,6 @@ const MODULES: [&str; 7] = [
     "mlp.up_proj",
     "mlp.down_proj",
 ];
-
-/// Where levels come from, and how many of them are held.
-#[derive(Debug)]
-pub(super) struct Stack {
-    source: Box<dyn LevelSource>,
-    held: usize,
-    /// Bytes of all weights with the base alone.
-    base_bytes: u64,
-    /// `[blocks]`: bytes of the first so many blocks of the stack, from 0 on.
-    bytes: Vec<u64>,
-    /// `[blocks]`: levels of a matrix on average.
-    levels: Vec<f64>,
-}
-
-/// A matrix of the checkpoint: its sizes, and where its levels after the first lie in the stack.
-pub(super) type Matrices = HashMap<String, (LevelShape, Vec<usize>)>;
-
-/// The matrices that `source` has in levels.
-///
-/// # Errors
-/// [`ZooError::Unsupported`] when the levels of one do not come in order or differ in their sizes.
-pub(super) fn matrices(source: &dyn LevelSource) -> Result<Matrices> {
-    let mut matrices = Matrices::new();
-    let out_of_order =
-        |entry: &LevelEntry| ZooError::Unsupported(format!("level {} of {}", entry.level, entry.matrix));
-    for entry in source.base() {
-        let before = matrices.insert(entry.matrix.clone(), (entry.shape, Vec::new()));
-        if before.is_some() || entry.level != 0 {
-            return Err(out_of_order(entry));
-        }
-    }
-    for (place, entry) in source.stack().iter().enumerate() {
-        match matrices.get_mut(&entry.matrix) {
-            Some((shape, places)) if *shape == entry.shape && places.len() + 1 == entry.level => {
-                places.push(place);
-            }
-            _ => return Err(out_of_order(entry)),
-        }
-    }
-    Ok(matrices)
-}
-
-impl Stack {
-    /// A stack of which nothing is held yet, beside `other_bytes` of weights that do not come in levels.
-    pub(super) fn new(source: Box<dyn LevelSource>, other_bytes: u64) -> Self {
-        let bytes_of = |entry: &LevelEntry| entry.shape.held_bytes() as u64;
-        let base: u64 = source.base().iter().map(bytes_of).sum();
-        let (mut bytes, mut levels) = (vec![0], vec![1.0]);
-        let (mut byte, mut level) = (0, 1.0);
-        for entry in source.stack() {
-            byte += bytes_of(entry);
-            level += bytes_of(entry) as f64 / base as f64;
-            bytes.push(byte);
-            levels.push(level);
-        }
-        Self { source, held: 0, base_bytes: other_bytes + base, bytes, levels }
-    }
-}
 
 impl Layer {
     /// The matrix of this name below the layer's.
@@ -120,12 +59,12 @@ impl CpuDecoder {
     pub(super) fn fill_stack(&mut self, budget: Option<u64>) -> Result<()> {
         let Some(stack) = &self.stack else { return Ok(()) };
         let budget = budget.unwrap_or(u64::MAX);
-        let least = stack.base_bytes;
+        let least = stack.bytes_of(0);
         let Some(blocks) = self.blocks_within(budget) else {
             return Err(ZooError::WeightBudget { budget, least });
         };
         for (index, entry) in stack.source.base().iter().enumerate() {
-            let level = stack.source.read_base(index)?;
+            let level = stack.source.read_base(index)?.lay()?;
             self.weights.matrix_mut(&entry.matrix)?.grow(level)?;
         }
         (0..blocks).try_for_each(|_| self.grow())
@@ -152,7 +91,7 @@ impl CpuDecoder {
 
 impl ElasticWeights for CpuDecoder {
     fn num_blocks(&self) -> usize {
-        self.stack.as_ref().map_or(0, |stack| stack.source.stack().len())
+        self.stack.as_ref().map_or(0, Stack::num_blocks)
     }
 
     fn held(&self) -> usize {
@@ -160,28 +99,25 @@ impl ElasticWeights for CpuDecoder {
     }
 
     fn bytes_of(&self, blocks: usize) -> u64 {
-        let whole = self.dims.weight_bytes as u64;
-        self.stack.as_ref().map_or(whole, |stack| stack.base_bytes + stack.bytes[blocks])
+        self.stack.as_ref().map_or(self.dims.weight_bytes as u64, |stack| stack.bytes_of(blocks))
     }
 
     fn num_levels(&self) -> usize {
-        let stack = self.stack.iter().flat_map(|stack| stack.source.stack());
-        1 + stack.map(|entry| entry.level).max().unwrap_or(0)
+        self.stack.as_ref().map_or(1, Stack::num_levels)
     }
 
     fn blocks_of_levels(&self, levels: usize) -> usize {
-        let stack = self.stack.as_ref().map_or(&[][..], |stack| stack.source.stack());
-        stack.iter().position(|entry| entry.level >= levels).unwrap_or(stack.len())
+        self.stack.as_ref().map_or(0, |stack| stack.blocks_of_levels(levels))
     }
 
     fn mean_levels(&self, blocks: usize) -> f64 {
-        self.stack.as_ref().map_or(1.0, |stack| stack.levels[blocks])
+        self.stack.as_ref().map_or(1.0, |stack| stack.mean_levels(blocks))
     }
 
     fn grow(&mut self) -> Result<()> {
         let Some(stack) = &mut self.stack else { return Ok(()) };
         let Some(entry) = stack.source.stack().get(stack.held) else { return Ok(()) };
-        let level = stack.source.read(stack.held)?;
+        let level = stack.source.read(stack.held)?.lay()?;
         self.weights.matrix_mut(&entry.matrix)?.grow(level)?;
         stack.held += 1;
         Ok(())

@@ -8,7 +8,7 @@ use crate::kernels::cuda::fused::{Program, fuses};
 use crate::kernels::cuda::ops::After;
 
 impl GpuDecoder {
-    /// Whether the step that lies in the tables can be one launch: few tokens of a plain Llama, all of whose sublayers are
+    /// Whether the step that lies in the tables can be one launch: few tokens of a plain Llama in bf16, all of whose sublayers are
     /// known to run or not.
     pub(super) fn fuses(&self, step: &Step) -> bool {
         let plain = |layer: &super::Layer| layer.qk_norm.is_none() && layer.post_norms.is_none();
@@ -18,6 +18,7 @@ impl GpuDecoder {
             && self.weights.layers.iter().all(plain)
             && self.weights.rotary[1].is_none()
             && self.device.shard().size == 1
+            && self.levels.is_none()
     }
 
     /// The step as one launch. What it does is what [`GpuDecoder::launch`] does.

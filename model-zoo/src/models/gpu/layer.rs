@@ -1,7 +1,7 @@
 //! The two halves of a layer, and the products in them: one kernel each where tokens are few, norm, cuBLAS and what
 //! follows where they are many.
 
-use super::{GpuDecoder, Step};
+use super::{GpuDecoder, Linear, Step};
 use crate::Result;
 use crate::compression::Sublayer;
 use crate::kernels::cuda::device::{Output, Part};
@@ -24,7 +24,9 @@ impl GpuDecoder {
         let x = Part::all(&scratch.x);
         let norms = weights.qk_norm.as_ref().map(|norms| norms.each_ref().map(|norm| self.norm(norm)));
         let few = tokens.count <= SKINNY_TOKENS;
-        if few && norms.is_none() {
+        if let Some(qkv) = self.in_levels(&weights.qkv) {
+            self.place_by_levels(qkv, (tokens, norm), (norms, &attention.places))?;
+        } else if few && norms.is_none() {
             skinny(device, &qkv, (x, tokens, Some(norm)), After::Place(attention.places))?;
         } else {
             let wide = Part::all(&scratch.wide);
@@ -42,7 +44,7 @@ impl GpuDecoder {
         attention.decode(device, single, self.splits(step.heads, single.count))?;
         attention.prefill(device, several)?;
         let post = weights.post_norms.as_ref().map(|[after, _]| self.norm(after));
-        self.project(&weights.o.matrix(), (Part::all(&scratch.mixed), tokens), post)
+        self.project(&weights.o, (Part::all(&scratch.mixed), tokens), post)
     }
 
     /// `x += down(act(gate(norm(x))) · up(norm(x)))`, but for tokens that leave it out.
@@ -73,7 +75,9 @@ impl GpuDecoder {
             // What is added is read from memory, where there have to be zeros then.
             tokens.skips = tokens.skips.map(Skips::one_by_one);
         }
-        if tokens.count <= SKINNY_TOKENS {
+        if let Some(gate_up) = self.in_levels(&weights.gate_up) {
+            self.gate_by_levels(gate_up, (tokens, norm), (gated, activation))?;
+        } else if tokens.count <= SKINNY_TOKENS {
             let x = Part::all(&scratch.x);
             skinny(device, &gate_up, (x, tokens, Some(norm)), After::Gate(gated, activation))?;
         } else {
@@ -81,7 +85,7 @@ impl GpuDecoder {
             self.normed_product(&gate_up, (tokens, norm), (wide, Output::Half))?;
             activate_rows(device, (wide, gate_up.bias), (gated, tokens, gate_up.rows / 2), activation)?;
         }
-        self.project(&weights.down.matrix(), (gated, tokens), post)
+        self.project(&weights.down, (gated, tokens), post)
     }
 
     /// Whether what a sublayer adds goes straight to the residual stream.
@@ -116,7 +120,11 @@ impl GpuDecoder {
     }
 
     /// `x += post(matrix · input)`, summed over the devices that share the model.
-    fn project(&self, matrix: &Matrix, (input, tokens): (Part, Tokens), post: Option<Norm>) -> Result<()> {
+    fn project(&self, linear: &Linear, (input, tokens): (Part, Tokens), post: Option<Norm>) -> Result<()> {
+        if let Some(linear) = self.in_levels(linear) {
+            return self.project_by_levels(linear, (input, tokens), post);
+        }
+        let matrix = &linear.matrix();
         let (device, x) = (&*self.device, Part::all(&self.scratch.x));
         let few = tokens.count <= SKINNY_TOKENS;
         let width = matrix.rows;

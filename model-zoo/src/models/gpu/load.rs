@@ -10,6 +10,7 @@ use half::{bf16, f16};
 
 use super::graphs::Graphs;
 use super::images::Images;
+use super::levels::Levels;
 use super::pruned::Pruned;
 use super::scratch::Scratch;
 use super::{GpuDecoder, Layer, Linear, Weights};
@@ -22,6 +23,7 @@ use crate::layers::linear::to_f32;
 use crate::layers::rotary::Rotary;
 use crate::models::ModelDims;
 use crate::weights::blocks::BlockFormat;
+use crate::weights::levels::LevelSource;
 use crate::weights::{RawTensor, WeightSource};
 use crate::{Result, ZooError};
 
@@ -34,6 +36,8 @@ struct Reader<'a> {
     config: &'a DecoderConfig,
     source: &'a dyn WeightSource,
     device: &'a dyn Device,
+    /// Where matrices of layers come in levels.
+    levels: Option<Levels>,
     /// Bytes uploaded so far.
     bytes: usize,
 }
@@ -45,10 +49,41 @@ impl GpuDecoder {
     /// [`ZooError::Unsupported`] for sizes that the kernels are not made for; a weight that is missing or of another
     /// shape; [`ZooError::Device`] when there is no room.
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, device: Arc<dyn Device>) -> Result<Self> {
-        let mut reader = Reader { config: &config, source, device: &*device, bytes: 0 };
+        Self::read(config, source, device, None)
+    }
+
+    /// Reads the weights that `levels` has in levels, as many as `budget` bytes of weights hold, and all others from
+    /// `source`.
+    ///
+    /// # Errors
+    /// As [`GpuDecoder::load`]; [`ZooError::WeightBudget`] when the budget is less than the model can do with.
+    pub fn load_in_levels(
+        config: DecoderConfig,
+        (source, levels): (&dyn WeightSource, Box<dyn LevelSource>),
+        device: Arc<dyn Device>,
+        budget: Option<u64>,
+    ) -> Result<Self> {
+        let levels = Levels::new(levels, &device)?;
+        let mut decoder = Self::read(config, source, device, Some(levels))?;
+        if let Some(levels) = &mut decoder.levels {
+            let linears = decoder.weights.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+            let joints = linears.filter_map(|linear| linear.joint.as_ref());
+            levels.fill(joints, (decoder.dims.weight_bytes, budget))?;
+            decoder.dims.weight_bytes = usize::try_from(levels.bytes()).unwrap_or(usize::MAX);
+        }
+        Ok(decoder)
+    }
+
+    fn read(
+        config: DecoderConfig,
+        source: &dyn WeightSource,
+        device: Arc<dyn Device>,
+        levels: Option<Levels>,
+    ) -> Result<Self> {
+        let mut reader = Reader { config: &config, source, device: &*device, levels, bytes: 0 };
         reader.check()?;
         let weights = reader.weights()?;
-        let weight_bytes = reader.bytes;
+        let (weight_bytes, levels) = (reader.bytes, reader.levels);
         let count = |linears: [&Linear; 2]| linears.iter().map(|l| l.rows * l.cols).sum();
         let sublayer_weights = weights
             .layers
@@ -62,6 +97,7 @@ impl GpuDecoder {
             dims,
             device,
             weights,
+            levels,
             graphs: Graphs::default(),
             pruned: Pruned::default(),
             images: Images::default(),
@@ -185,12 +221,12 @@ impl Reader<'_> {
         let window = c.sliding_window.as_ref();
         Ok(Layer {
             attention_norm: self.norm(&name("input_layernorm"), &width)?,
-            qkv: self.matrix(&qkv, &qkv_rows, 0..hidden)?,
-            o: self.matrix(&o, &out_rows, heads.start * d..heads.end * d)?,
+            qkv: self.linear(&qkv, (&qkv_rows, false), 0..hidden)?,
+            o: self.linear(&o, (&out_rows, false), heads.start * d..heads.end * d)?,
             qk_norm,
             ffn_norm,
-            gate_up: self.matrix(&gate_up, &gate_up_rows, 0..hidden)?,
-            down: self.matrix(&down, &out_rows, channels.start * 8..channels.end * 8)?,
+            gate_up: self.linear(&gate_up, (&gate_up_rows, true), 0..hidden)?,
+            down: self.linear(&down, (&out_rows, false), channels.start * 8..channels.end * 8)?,
             post_norms,
             window: window.filter(|w| w.layers.get(index) == Some(&true)).map(|w| w.window),
         })
@@ -216,6 +252,20 @@ impl Reader<'_> {
         self.upload(bytemuck::cast_slice(&weight))
     }
 
+    /// [`Reader::matrix`], in levels where it comes in them; `eights` says that rows of two tensors alternate in eights.
+    fn linear(
+        &mut self,
+        tensors: &[(String, [usize; 2])],
+        (rows, eights): (&[Source], bool),
+        columns: Range<usize>,
+    ) -> Result<Linear> {
+        let joint = self.levels.as_mut().map(|levels| levels.joint(tensors, rows, eights)).transpose()?;
+        let Some(joint) = joint.flatten() else { return self.matrix(tensors, rows, columns) };
+        let bias = self.biases(tensors, rows)?;
+        let weight = self.device.alloc(0)?;
+        Ok(Linear { weight, joint: Some(joint), bias, rows: rows.len(), cols: columns.len() })
+    }
+
     /// The matrix whose rows are `rows` of `tensors` (names and shapes), its columns `columns` of theirs.
     fn matrix(
         &mut self,
@@ -225,7 +275,6 @@ impl Reader<'_> {
     ) -> Result<Linear> {
         let cols = columns.len();
         let mut values = vec![0u16; rows.len() * cols];
-        let mut biases = Vec::new();
         for (tensor, (name, shape)) in tensors.iter().enumerate() {
             let weight = self.source.tensor(&format!("{name}.weight"))?;
             if weight.shape != shape {
@@ -237,17 +286,23 @@ impl Reader<'_> {
             let decode = RowDecoder::new(&weight, shape[1])?;
             let own = rows.iter().zip(values.chunks_exact_mut(cols)).filter(|((of, _), _)| *of == tensor);
             own.for_each(|(&(_, row), out)| decode.row(row, columns.start, out));
-            biases.push(self.bias(name, shape[0])?);
         }
-        let bias = if biases.iter().any(Option::is_some) {
-            let value =
-                |&(tensor, row): &Source| biases[tensor].as_ref().map_or(0.0, |bias: &Vec<f32>| bias[row]);
-            let values: Vec<f32> = rows.iter().map(value).collect();
-            Some(self.upload(bytemuck::cast_slice(&values))?)
-        } else {
-            None
-        };
-        Ok(Linear { weight: self.upload(bytemuck::cast_slice(&values))?, bias, rows: rows.len(), cols })
+        let bias = self.biases(tensors, rows)?;
+        let weight = self.upload(bytemuck::cast_slice(&values))?;
+        Ok(Linear { weight, joint: None, bias, rows: rows.len(), cols })
+    }
+
+    /// The bias of the matrix whose rows are `rows` of `tensors`, where one of them has one.
+    fn biases(&mut self, tensors: &[(String, [usize; 2])], rows: &[Source]) -> Result<Option<Buffer>> {
+        let biases = tensors.iter().map(|(name, shape)| self.bias(name, shape[0]));
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        if !biases.iter().any(Option::is_some) {
+            return Ok(None);
+        }
+        let value =
+            |&(tensor, row): &Source| biases[tensor].as_ref().map_or(0.0, |bias: &Vec<f32>| bias[row]);
+        let values: Vec<f32> = rows.iter().map(value).collect();
+        self.upload(bytemuck::cast_slice(&values)).map(Some)
     }
 
     fn bias(&self, name: &str, rows: usize) -> Result<Option<Vec<f32>>> {

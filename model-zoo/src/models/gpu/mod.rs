@@ -8,10 +8,12 @@ mod fused;
 mod graphs;
 mod images;
 mod layer;
+mod levels;
 mod load;
 mod pool;
 mod pruned;
 mod scratch;
+mod stack;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,13 +24,16 @@ use crate::kernels::cuda::attention::Attention;
 use crate::kernels::cuda::device::{Buffer, Device, Part};
 use crate::kernels::cuda::ops::{self, Heads, Matrix, Norm, Tokens};
 use crate::kernels::cuda::sampling;
+use crate::kernels::cuda::stack::STACK_TOKENS;
 use crate::kernels::cuda::tables::{Bounds, Pages, StepTables};
 use crate::kv_cache::{KvCache, KvLayout};
+use crate::models::elastic::ElasticWeights;
 use crate::models::{CausalLm, Draw, ModelDims};
 use crate::step::StepBatch;
 use crate::{Result, ZooError};
 use graphs::Graphs;
 use images::Images;
+use levels::{Joint, Levels};
 use pool::Pool;
 use pruned::Pruned;
 use scratch::Scratch;
@@ -43,6 +48,8 @@ pub struct GpuDecoder {
     dims: ModelDims,
     device: Arc<dyn Device>,
     weights: Weights,
+    /// Where its matrices come in levels.
+    levels: Option<Levels>,
     tables: StepTables,
     scratch: Scratch,
     pruned: Pruned,
@@ -56,7 +63,9 @@ pub struct GpuDecoder {
 /// A matrix with the buffers that it lies in.
 #[derive(Debug)]
 struct Linear {
+    /// Nothing where it comes in levels.
     weight: Buffer,
+    joint: Option<Joint>,
     bias: Option<Buffer>,
     rows: usize,
     cols: usize,
@@ -122,6 +131,10 @@ impl CausalLm for GpuDecoder {
         Ok(KvCache::on_device(layout, Box::new(Pool::new(&self.device, layout, num_pages)?)))
     }
 
+    fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
+        if self.levels.is_some() { Some(self) } else { None }
+    }
+
     fn forward(&mut self, batch: &mut StepBatch<'_>, kv: &mut KvCache) -> Result<()> {
         if batch.probe.is_some() {
             return Err(ZooError::Step("calibration looks on at steps on the CPU only".into()));
@@ -139,6 +152,9 @@ impl CausalLm for GpuDecoder {
         {
             return Err(ZooError::Step(format!("pages of layout {layout:?} do not fit this model")));
         }
+        if let Some(levels) = &self.levels {
+            levels.check(&batch.rows)?;
+        }
         self.ready = 0;
         let prefixes = self.pruned.prefixes(&*self.device, batch, layout)?;
         let mut route = Route::begin(&mut batch.rows);
@@ -146,7 +162,11 @@ impl CausalLm for GpuDecoder {
         self.tables.lay((&mut *batch, &mut route), pages, graphs::bucket)?;
         let whole = self.tables.is_uniform() && self.tables.num_logits() == batch.rows.len();
         let grown = self.scratch.fit(&*self.device, (&self.tables, heads), self.config.vocab_size)?;
-        if self.tables.upload(&*self.device)? || grown {
+        let served = match &mut self.levels {
+            Some(levels) => levels.serve((&batch.rows, &route), self.tables.num_tokens())?,
+            None => false,
+        };
+        if self.tables.upload(&*self.device)? || grown || served {
             self.graphs.clear();
         }
         self.pruned.clear_sums(
@@ -218,7 +238,10 @@ impl GpuDecoder {
         if !self.tables.is_uniform() {
             return self.launch(step);
         }
-        let key = graphs::key(self.tables.class(), (step.pool, step.whole));
+        let mut key = graphs::key(self.tables.class(), (step.pool, step.whole));
+        // What many tokens launch follows from the levels that each uses.
+        let levels = self.levels.iter().filter(|_| self.tables.num_tokens() > STACK_TOKENS);
+        key.extend(levels.flat_map(Levels::services).map(|&blocks| u64::from(blocks)));
         if let Some(graph) = self.graphs.get(&key) {
             return graph.replay();
         }

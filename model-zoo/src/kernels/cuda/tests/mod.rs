@@ -6,6 +6,7 @@ mod products;
 mod pruned;
 mod rows;
 mod sampling;
+mod stack;
 
 use half::bf16;
 
