@@ -7,7 +7,6 @@ use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use model_zoo::compression::options::{DropLayers, Region, SkipDecode, Vision, VisionBaseline};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
-use model_zoo::eval;
 use model_zoo::kernels::cuda::device::Device;
 use model_zoo::kernels::cuda::emulated::{Emulated, Order};
 use model_zoo::kernels::cuda::fused::fuses;

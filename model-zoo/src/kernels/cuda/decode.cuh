@@ -281,19 +281,22 @@ struct DecodeJob : Attended {
     Unit<D> slots;
     Queries<D> q;
 
+    template <bool PACKED>
     DEVICE PackedPlace page_of(const AttentionParams &p, uint32_t unit) const {
-        if (unit < packed) return packed_place<D>(p, unit);
+        if (PACKED && unit < packed) return packed_place<D>(p, unit);
         return {0, unit * 16 < end ? page_at(unit * 16 / p.block_size) : 0u, 0};
     }
     DEVICE static size_t half_page(const AttentionParams &p) {
         return static_cast<size_t>(p.kv_heads) * D * p.block_size;
     }
+    template <bool PACKED>
     DEVICE void fetch_keys(const AttentionParams &p, uint32_t unit) {
-        if (unit < packed) return slots.fetch_packed_keys(packed_keys<D>(p, page), kept);
+        if (PACKED && unit < packed) return slots.fetch_packed_keys(packed_keys<D>(p, page), kept);
         slots.fetch_keys(p.pages + page.first * 2 * half_page(p) + (kv_head * p.block_size + unit * 16 % p.block_size) * D);
     }
+    template <bool PACKED>
     DEVICE void fetch_values(const AttentionParams &p, uint32_t unit, PackedPlace page) {
-        if (unit < packed) return slots.fetch_packed_values(packed_values<D>(p, page));
+        if (PACKED && unit < packed) return slots.fetch_packed_values(packed_values<D>(p, page));
         const bf16 *head = p.pages + (page.first * size_t(2) + 1) * half_page(p) + static_cast<size_t>(kv_head) * D * p.block_size;
         slots.fetch_values(head + unit * 16 % p.block_size, p.block_size);
     }
@@ -308,35 +311,45 @@ struct DecodeJob : Attended {
         if (idle) return;
         stride = splits * WARPS;
         unit = begin / 16 + at.split * WARPS + threadIdx.x / 32;
-        page = page_of(p, unit), next = page_of(p, unit + stride);
-        load_channels(q);
+        if (packed != 0) prepare<true>(p);
+        else prepare<false>(p);
+    }
+    template <bool PACKED>
+    DEVICE void prepare(const AttentionParams &p) {
+        page = page_of<PACKED>(p, unit), next = page_of<PACKED>(p, unit + stride);
+        if (PACKED) load_channels(q);
         fetched = unit * 16 + 16 <= held;
-        if (fetched) {
-            fetch_keys(p, unit);
-            if (AHEAD) fetch_values(p, unit, page);
-        }
+        if (fetched) fetch<PACKED>(p);
+    }
+    template <bool PACKED>
+    DEVICE void fetch(const AttentionParams &p) {
+        fetch_keys<PACKED>(p, unit);
+        if (AHEAD) fetch_values<PACKED>(p, unit, page);
     }
 
+    // Rows without packed slots, which are most, have a loop of their own.
     DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
-        bool pruned = unit < packed;
-        load_queries(q, p, pruned);
         state.clear();
-        if (!fetched && unit * 16 < end) {
-            fetch_keys(p, unit);
-            if (AHEAD) fetch_values(p, unit, page);
-        }
+        if (packed != 0) run<true>(p, state);
+        else run<false>(p, state);
+    }
+    template <bool PACKED>
+    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
+        bool pruned = PACKED && unit < packed;
+        load_queries(q, p, pruned);
+        if (!fetched && unit * 16 < end) fetch<PACKED>(p);
         for (; unit * 16 < end; unit += stride) {
-            if (pruned && unit >= packed) load_queries(q, p, pruned = false);
+            if (PACKED && pruned && unit >= packed) load_queries(q, p, pruned = false);
             state.score(q, [&](int n, int step) { return slots.k[n][step]; });
             const PackedPlace own_page = page;
             const bool more = (unit + stride) * 16 < end;
             page = next;
-            next = page_of(p, unit + 2 * stride);
-            if (!AHEAD) fetch_values(p, unit, own_page);
-            if (AHEAD && more) fetch_keys(p, unit + stride);
+            next = page_of<PACKED>(p, unit + 2 * stride);
+            if (!AHEAD) fetch_values<PACKED>(p, unit, own_page);
+            if (AHEAD && more) fetch_keys<PACKED>(p, unit + stride);
             state.add([&](int n) { return slots.v[n]; }, unit * 16, begin, end, p.scale);
-            if (!AHEAD && more) fetch_keys(p, unit + stride);
-            if (AHEAD && more) fetch_values(p, unit + stride, page);
+            if (!AHEAD && more) fetch_keys<PACKED>(p, unit + stride);
+            if (AHEAD && more) fetch_values<PACKED>(p, unit + stride, page);
         }
     }
 };

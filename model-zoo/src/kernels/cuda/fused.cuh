@@ -316,15 +316,59 @@ DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t
     else fused_product<4>(stage, ring, staged, close);
 }
 
+// The units of the block's share: those in the ring, then the others. Rows without packed slots, which are most, have a
+// loop of their own.
+template <bool PACKED, int D>
+DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &ring, Queries<D> &q, DecodeWarp<D> &state) {
+    using Job = FusedJob<D>;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    bool pruned = PACKED && job.first < job.packed;
+    job.load_queries(q, p, pruned);
+    for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {
+        ring.memory.full[ring.slot].wait(ring.phase);
+        const uint32_t end = min(unit + Job::UNITS, job.whole);
+        // Units go to the warps in turn.
+        for (uint32_t mine = unit + (warp + FUSED_WARPS - (unit - job.first) % FUSED_WARPS) % FUSED_WARPS; mine < end;
+             mine += FUSED_WARPS) {
+            const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
+            if (PACKED && pruned && mine >= job.packed) job.load_queries(q, p, pruned = false);
+            const uint32_t row = 4 * (g / 2) + g % 2, width = PACKED && pruned ? job.kept : D;
+            if constexpr (D % 32 == 0) {
+                state.score_pairs(q, [&](int n, int pair) {
+                    const uint32_t at = 32 * pair + 8 * t;
+                    return at < width ? load<uint4>(keys + (row + 2 * n) * width + at) : make_uint4(0, 0, 0, 0);
+                });
+            } else {
+                state.score(q, [&](int n, int step) {
+                    const uint32_t at = first_channel<D>(step, t);
+                    return at < width ? load<uint2>(keys + (row + 2 * n) * width + at) : make_uint2(0, 0);
+                });
+            }
+            state.add([&](int n) { return load<uint2>(values + (8 * n + g) * 16 + 4 * t); }, mine * 16, job.begin,
+                      job.end, p.scale);
+        }
+        __syncwarp();
+        if (lane == 0) ring.memory.empty[ring.slot].arrive();
+    }
+    for (uint32_t unit = job.whole; unit < job.last; unit++) {
+        if ((unit - job.first) % FUSED_WARPS != warp) continue;
+        if (PACKED && pruned) job.load_queries(q, p, pruned = false);
+        Unit<D> slots;
+        const bf16 *keys = job.keys(p, unit);
+        slots.fetch_keys(keys);
+        slots.fetch_values(keys + Job::to_values(p), 16);
+        state.score(q, [&](int n, int step) { return slots.k[n][step]; });
+        state.add([&](int n) { return slots.v[n]; }, unit * 16, job.begin, job.end, p.scale);
+    }
+}
+
 // Attention, block by block of the decode kernel's grid.
 template <int D>
 DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const Meeting &meeting) {
-    using Job = FusedJob<D>;
     const AttentionParams &p = stage.attention;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t all = stage.tokens * stage.head_groups * stage.splits;
     uint32_t i = blockIdx.x;
-    Job job = {};
+    FusedJob<D> job = {};
     Queries<D> q;
     auto read = [&]() {
         job.read(stage, i);
@@ -336,46 +380,10 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
     for (; i < all; i += gridDim.x) {
         if (i != blockIdx.x) read();
         if (job.idle) continue;
-        bool pruned = job.first < job.packed;
-        job.load_queries(q, p, pruned);
         DecodeWarp<D> state;
         state.clear();
-        for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {
-            ring.memory.full[ring.slot].wait(ring.phase);
-            const uint32_t end = min(unit + Job::UNITS, job.whole);
-            // Units go to the warps in turn.
-            for (uint32_t mine = unit + (warp + FUSED_WARPS - (unit - job.first) % FUSED_WARPS) % FUSED_WARPS; mine < end;
-                 mine += FUSED_WARPS) {
-                const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
-                if (pruned && mine >= job.packed) job.load_queries(q, p, pruned = false);
-                const uint32_t row = 4 * (g / 2) + g % 2, width = pruned ? job.kept : D;
-                if constexpr (D % 32 == 0) {
-                    state.score_pairs(q, [&](int n, int pair) {
-                        const uint32_t at = 32 * pair + 8 * t;
-                        return at < width ? load<uint4>(keys + (row + 2 * n) * width + at) : make_uint4(0, 0, 0, 0);
-                    });
-                } else {
-                    state.score(q, [&](int n, int step) {
-                        const uint32_t at = first_channel<D>(step, t);
-                        return at < width ? load<uint2>(keys + (row + 2 * n) * width + at) : make_uint2(0, 0);
-                    });
-                }
-                state.add([&](int n) { return load<uint2>(values + (8 * n + g) * 16 + 4 * t); }, mine * 16, job.begin,
-                          job.end, p.scale);
-            }
-            __syncwarp();
-            if (lane == 0) ring.memory.empty[ring.slot].arrive();
-        }
-        for (uint32_t unit = job.whole; unit < job.last; unit++) {
-            if ((unit - job.first) % FUSED_WARPS != warp) continue;
-            if (pruned) job.load_queries(q, p, pruned = false);
-            Unit<D> slots;
-            const bf16 *keys = job.keys(p, unit);
-            slots.fetch_keys(keys);
-            slots.fetch_values(keys + Job::to_values(p), 16);
-            state.score(q, [&](int n, int step) { return slots.k[n][step]; });
-            state.add([&](int n) { return slots.v[n]; }, unit * 16, job.begin, job.end, p.scale);
-        }
+        if (job.packed != 0) fused_slots<true>(p, job, ring, q, state);
+        else fused_slots<false>(p, job, ring, q, state);
         const DecodeShare share = {i / stage.splits / stage.head_groups, job.item.token, job.head_group, job.head0, job.heads,
                                    job.split, job.splits, stage.splits};
         decode_join<D, FUSED_WARPS>(p, share, state, room);

@@ -2,6 +2,7 @@
 //! those that are to be.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Weak};
 
 use crate::compression::think::Pruning;
@@ -51,12 +52,14 @@ impl Pruned {
     }
 
     fn channels_of(&mut self, device: &dyn Device, keys: &Arc<PrunedKeys>, layout: KvLayout) -> Result<Part> {
-        let key = Arc::as_ptr(keys).addr();
-        if !self.channels.contains_key(&key) {
-            let buffer = upload_channels(device, keys, layout)?;
-            self.channels.insert(key, (Arc::downgrade(keys), buffer));
-        }
-        Ok(Part::all(&self.channels[&key].1))
+        let (_, buffer) = match self.channels.entry(Arc::as_ptr(keys).addr()) {
+            Entry::Occupied(own) => own.into_mut(),
+            Entry::Vacant(room) => {
+                let buffer = upload_channels(device, keys, layout)?;
+                room.insert((Arc::downgrade(keys), buffer))
+            }
+        };
+        Ok(Part::all(buffer))
     }
 
     /// Makes room for the sums of `rows` rows of a model of so many layers, zeros.
