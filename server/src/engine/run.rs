@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model_zoo::compression::KvDemand;
 use model_zoo::kv_cache::KvCache;
 use model_zoo::models::CausalLm;
 use model_zoo::vision::PromptImage;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 
 use super::Command;
 use super::events::EventSender;
@@ -42,6 +43,9 @@ pub(super) struct Engine {
     next_id: u64,
     next_group: u64,
 }
+
+/// How long the engine's thread looks for work before it sleeps: about what a request takes from answer to answer.
+const LINGER: Duration = Duration::from_micros(200);
 
 impl Engine {
     /// An engine over `model` with a KV pool as `config` says.
@@ -82,7 +86,7 @@ impl Engine {
             if !self.scheduler.has_work() && !self.is_memory_pending() {
                 self.set_busy(false);
                 self.report();
-                match commands.blocking_recv() {
+                match next(&mut commands) {
                     Some(Command::Stop) | None => return,
                     Some(command) => self.take(command),
                 }
@@ -230,4 +234,19 @@ fn refusal(error: AddError) -> Error {
         AddError::EmptyPrompt => Error::invalid("prompt", "the prompt has no tokens"),
         AddError::DuplicateId => Error::new(ErrorKind::Internal, "a sequence id was given twice"),
     }
+}
+
+/// The next command; `None` when every sender is gone. A client that was just answered often asks again at once, and a
+/// core that has halted takes longer to come back than its request takes: so the thread looks for a while before it
+/// sleeps, and lets others run meanwhile.
+fn next(commands: &mut mpsc::Receiver<Command>) -> Option<Command> {
+    let begin = Instant::now();
+    while begin.elapsed() < LINGER {
+        match commands.try_recv() {
+            Ok(command) => return Some(command),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+    commands.blocking_recv()
 }
