@@ -66,7 +66,7 @@ def main():
     options = parser.parse_args()
     now, before = measured(options.now), measured(options.before) if options.before else {}
     lines = [json.loads(line) for line in open(options.vllm, encoding="utf-8")] if options.vllm else []
-    vllm = {(line["model"], line["B"]): line["ms_step"] for line in lines}
+    vllm = {(line["model"], line["B"]): line["ms_step"] for line in lines if "B" in line}
     rows = []
     print("| shape | rows | floor | first run | vLLM | now | now ÷ floor | now ÷ vLLM |\n|---|---:|---:|---:|---:|---:|---:|---:|")
     for (shape, batch), (ms, context) in now.items():
