@@ -1,5 +1,6 @@
 // What decode attention goes over: the slots of a token's row, and where they lie.
 #pragma once
+#include "async.cuh"
 #include "common.cuh"
 
 // Consecutive tokens of one row.
@@ -121,17 +122,28 @@ struct Attended {
         return {p.pages + place.first * values + line * 16, second - cut, cut};
     }
 
-    // The channels that a lane's queries have for packed units.
+    // Queries for units that are not packed.
     template <class Queries>
-    DEVICE void load_channels(Queries &q) const {
-        if (packed != 0) q.load_channels(channels, kept);
+    DEVICE void load_queries(Queries &q, const AttentionParams &p) const {
+        const bf16 *own = first_query(p, Queries::DIM);
+        q.load_rows([&](uint32_t row) { return row < heads ? own + row * Queries::DIM : nullptr; });
     }
-    // For packed units, whose channels were loaded, or for others.
+    // Queries of rows with packed slots are brought close first, for they are picked channel by channel and taken twice:
+    // by `WARPS` warps together, to room for `heads` of them.
+    template <int D, uint32_t WARPS>
+    DEVICE void stage_queries(const AttentionParams &p, bf16 *staged) const {
+        const bf16 *own = first_query(p, D);
+        for (uint32_t i = threadIdx.x; i < heads * (D / 8); i += WARPS * 32)
+            *reinterpret_cast<uint4 *>(staged + 8 * i) = load_global<uint4>(own + 8 * i);
+        sync_warps<WARPS>();
+    }
     template <class Queries>
-    DEVICE void load_queries(Queries &q, const AttentionParams &p, bool pruned) const {
-        const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * Queries::DIM;
-        auto row = [&](uint32_t row) { return row < heads ? own + row * Queries::DIM : nullptr; };
-        if (pruned) q.load_rows(row, kept);
-        else q.load_rows(row);
+    DEVICE void take_queries(Queries &q, const bf16 *staged, bool pruned) const {
+        auto row = [&](uint32_t row) { return row < heads ? staged + row * Queries::DIM : nullptr; };
+        if (pruned) q.pick_rows(row, channels, kept);
+        else q.template load_rows<true>(row);
+    }
+    DEVICE const bf16 *first_query(const AttentionParams &p, uint32_t dim) const {
+        return p.q + (static_cast<size_t>(item.token) * p.heads + head0) * dim;
     }
 };

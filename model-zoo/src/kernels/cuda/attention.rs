@@ -55,9 +55,10 @@ pub fn decode_scratch(heads: Heads, items: usize, splits: usize) -> [usize; 2] {
     [if splits > 1 { 4 * blocks * splits * 16 * (heads.dim + 2) } else { 0 }, 4 * blocks]
 }
 
-/// Bytes of a block's memory that joining the parts of `warps` warps takes (`decode_join` in `decode.cuh`).
+/// Bytes of a block's memory that joining the parts of `warps` warps takes (`decode_join` in `decode.cuh`), and its queries.
 pub(super) fn join_memory(heads: Heads, warps: usize) -> usize {
-    4 * (warps * (heads.queries / heads.kv).min(16) * (heads.dim + 2) + 16 * 32) + 16
+    let own = (heads.queries / heads.kv).min(16);
+    4 * (warps * own * (heads.dim + 2) + 16 * 32) + 16 + 2 * own * heads.dim
 }
 
 impl Attention {

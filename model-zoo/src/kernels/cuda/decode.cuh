@@ -25,10 +25,9 @@ template <int D>
 struct Queries {
     static constexpr int DIM = D;
     uint32_t a[D / 16][4];
-    uint32_t channels[D / 16];  // for packed units: four bytes, each a channel, of each step
 
-    // `row(i)` is where row `i` of the tile lies, or null.
-    template <class Row>
+    // `row(i)` is where row `i` of the tile lies, or null: in the device's memory, or `CLOSE`, in the block's.
+    template <bool CLOSE = false, class Row>
     DEVICE void load_rows(Row row) {
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -36,33 +35,30 @@ struct Queries {
             const bf16 *q = row(g + 8 * half);
 #pragma unroll
             for (int step = 0; step < D / 16; step++) {
-                const uint2 v = q != nullptr ? load_global<uint2>(q + first_channel<D>(step, t)) : make_uint2(0, 0);
+                const bf16 *at = q + first_channel<D>(step, t);
+                const uint2 v = q == nullptr ? make_uint2(0, 0) : CLOSE ? load<uint2>(at) : load_global<uint2>(at);
                 a[step][half] = v.x;
                 a[step][half + 2] = v.y;
             }
         }
     }
-    // Of a row's packed keys: `kept` of them, a multiple of eight.
-    DEVICE void load_channels(const unsigned char *from, uint32_t kept) {
+    // The same of these `kept` channels, a multiple of eight; zeros after them.
+    template <class Row>
+    DEVICE void pick_rows(Row row, const unsigned char *channels, uint32_t kept) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        uint32_t four[D / 16];
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
-            const uint32_t at = first_channel<D>(step, threadIdx.x % 4);
-            channels[step] = at < kept ? load_global<uint32_t>(from + at) : 0u;
+            const uint32_t at = first_channel<D>(step, t);
+            four[step] = at < kept ? load_global<uint32_t>(channels + at) : 0u;
         }
-    }
-    // The same of these channels; zeros after them.
-    template <class Row>
-    DEVICE void load_rows(Row row, uint32_t kept) {
-        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const bf16 *q = row(g + 8 * half);
                 const bool has = q != nullptr && first_channel<D>(step, t) < kept;
-                auto value = [&](int i) -> uint32_t {
-                    return has ? load_global<bf16>(q + (channels[step] >> 8 * i & 0xFF)) : 0u;
-                };
+                auto value = [&](int i) -> uint32_t { return has ? load<bf16>(q + (four[step] >> 8 * i & 0xFF)) : 0u; };
                 a[step][half] = value(0) | value(1) << 16;
                 a[step][half + 2] = value(2) | value(3) << 16;
             }
@@ -277,9 +273,8 @@ struct DecodeJob : Attended {
     uint32_t splits;        // blocks that share the slots
     uint32_t unit, stride;  // of the warp: its first unit, and how far its next one is
     PackedPlace page, next;  // where those two lie; of units that are not packed the page is the first one
-    bool idle, fetched;
+    bool idle;
     Unit<D> slots;
-    Queries<D> q;
 
     template <bool PACKED>
     DEVICE PackedPlace page_of(const AttentionParams &p, uint32_t unit) const {
@@ -301,45 +296,42 @@ struct DecodeJob : Attended {
         slots.fetch_values(head + unit * 16 % p.block_size, p.block_size);
     }
 
-    // Reads what no kernel of the step writes.
-    DEVICE void prepare(const AttentionParams &p, DecodePlace at) {
-        fetched = false;
+    // All of the block's work, with `room` for its queries. Rows without packed slots, which are most, have a way of their
+    // own from the first read on.
+    DEVICE void run(const AttentionParams &p, DecodePlace at, DecodeWarp<D> &state, bf16 *room) {
         idle = !read(p, at.item, at.head_group);
-        if (idle) return;
-        splits = shared_by(at.splits);
-        idle = at.split >= splits;
-        if (idle) return;
+        splits = idle ? 0 : shared_by(at.splits);
+        idle |= at.split >= splits;
+        if (idle) return follow();
         stride = splits * WARPS;
         unit = begin / 16 + at.split * WARPS + threadIdx.x / 32;
-        if (packed != 0) prepare<true>(p);
-        else prepare<false>(p);
-    }
-    template <bool PACKED>
-    DEVICE void prepare(const AttentionParams &p) {
-        page = page_of<PACKED>(p, unit), next = page_of<PACKED>(p, unit + stride);
-        if (PACKED) load_channels(q);
-        fetched = unit * 16 + 16 <= held;
-        if (fetched) fetch<PACKED>(p);
+        state.clear();
+        if (packed != 0) run<true>(p, state, room);
+        else run<false>(p, state, room);
     }
     template <bool PACKED>
     DEVICE void fetch(const AttentionParams &p) {
         fetch_keys<PACKED>(p, unit);
         if (AHEAD) fetch_values<PACKED>(p, unit, page);
     }
-
-    // Rows without packed slots, which are most, have a loop of their own.
-    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
-        state.clear();
-        if (packed != 0) run<true>(p, state);
-        else run<false>(p, state);
-    }
     template <bool PACKED>
-    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
+    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state, bf16 *room) {
+        Queries<D> q;
+        // What no kernel of the step writes is read before those before this one have ended.
+        page = page_of<PACKED>(p, unit), next = page_of<PACKED>(p, unit + stride);
+        const bool fetched = unit * 16 + 16 <= held;
+        if (fetched) fetch<PACKED>(p);
+        follow();
         bool pruned = PACKED && unit < packed;
-        load_queries(q, p, pruned);
+        if (PACKED) {
+            stage_queries<D, WARPS>(p, room);
+            take_queries(q, room, pruned);
+        } else {
+            load_queries(q, p);
+        }
         if (!fetched && unit * 16 < end) fetch<PACKED>(p);
         for (; unit * 16 < end; unit += stride) {
-            if (PACKED && pruned && unit >= packed) load_queries(q, p, pruned = false);
+            if (PACKED && pruned && unit >= packed) take_queries(q, room, pruned = false);
             state.score(q, [&](int n, int step) { return slots.k[n][step]; });
             const PackedPlace own_page = page;
             const bool more = (unit + stride) * 16 < end;
@@ -407,17 +399,21 @@ DEVICE void decode_join(const AttentionParams &p, const DecodeShare &share, cons
     if (threadIdx.x == 0) p.done[place] = 0;
 }
 
+// Floats that joining takes (`join_memory` in attention.rs), before the room for queries.
+template <int D>
+DEVICE uint32_t join_floats(const AttentionParams &p, uint32_t warps = DECODE_WARPS) {
+    return warps * min(16u, p.heads / p.kv_heads) * (D + 2) + 16 * 32 + 4;
+}
+
 #define DECODE(D, blocks)                                                              \
     KERNEL(decode_##D, AttentionParams, DECODE_WARPS * 32, blocks) {                   \
         lead();                                                                        \
         SHARED(float, shared);                                                         \
         const DecodePlace at = {blockIdx.z, blockIdx.x, blockIdx.y, gridDim.y};        \
-        DecodeJob<D> job = {};                                                           \
-        job.prepare(p, at);                                                            \
-        follow();                                                                      \
-        if (job.idle) return;                                                          \
+        DecodeJob<D> job = {};                                                         \
         DecodeWarp<D> state;                                                           \
-        job.run(p, state);                                                             \
+        job.run(p, at, state, reinterpret_cast<bf16 *>(shared + join_floats<D>(p)));   \
+        if (job.idle) return;                                                          \
         const DecodeShare share = {at.item,  job.item.token, at.head_group, job.head0, \
                                    job.heads, at.split,       job.splits,    at.splits}; \
         decode_join<D, DECODE_WARPS>(p, share, state, shared);                         \

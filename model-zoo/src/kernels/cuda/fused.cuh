@@ -319,11 +319,17 @@ DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t
 // The units of the block's share: those in the ring, then the others. Rows without packed slots, which are most, have a
 // loop of their own.
 template <bool PACKED, int D>
-DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &ring, Queries<D> &q, DecodeWarp<D> &state) {
+DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &ring, DecodeWarp<D> &state, bf16 *room) {
     using Job = FusedJob<D>;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     bool pruned = PACKED && job.first < job.packed;
-    job.load_queries(q, p, pruned);
+    Queries<D> q;
+    if (PACKED) {
+        job.template stage_queries<D, FUSED_WARPS>(p, room);
+        job.take_queries(q, room, pruned);
+    } else {
+        job.load_queries(q, p);
+    }
     for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {
         ring.memory.full[ring.slot].wait(ring.phase);
         const uint32_t end = min(unit + Job::UNITS, job.whole);
@@ -331,7 +337,7 @@ DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &
         for (uint32_t mine = unit + (warp + FUSED_WARPS - (unit - job.first) % FUSED_WARPS) % FUSED_WARPS; mine < end;
              mine += FUSED_WARPS) {
             const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
-            if (PACKED && pruned && mine >= job.packed) job.load_queries(q, p, pruned = false);
+            if (PACKED && pruned && mine >= job.packed) job.take_queries(q, room, pruned = false);
             const uint32_t row = 4 * (g / 2) + g % 2, width = PACKED && pruned ? job.kept : D;
             if constexpr (D % 32 == 0) {
                 state.score_pairs(q, [&](int n, int pair) {
@@ -352,7 +358,7 @@ DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &
     }
     for (uint32_t unit = job.whole; unit < job.last; unit++) {
         if ((unit - job.first) % FUSED_WARPS != warp) continue;
-        if (PACKED && pruned) job.load_queries(q, p, pruned = false);
+        if (PACKED && pruned) job.take_queries(q, room, pruned = false);
         Unit<D> slots;
         const bf16 *keys = job.keys(p, unit);
         slots.fetch_keys(keys);
@@ -369,21 +375,17 @@ DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const M
     const uint32_t all = stage.tokens * stage.head_groups * stage.splits;
     uint32_t i = blockIdx.x;
     FusedJob<D> job = {};
-    Queries<D> q;
-    auto read = [&]() {
-        job.read(stage, i);
-        if (!job.idle) job.load_channels(q);
-    };
+    bf16 *queries = reinterpret_cast<bf16 *>(room + join_floats<D>(p, FUSED_WARPS));
     // Before the stage before this one has ended everywhere: no kernel writes what this reads.
-    if (i < all) read();
+    if (i < all) job.read(stage, i);
     meeting.await();
     for (; i < all; i += gridDim.x) {
-        if (i != blockIdx.x) read();
+        if (i != blockIdx.x) job.read(stage, i);
         if (job.idle) continue;
         DecodeWarp<D> state;
         state.clear();
-        if (job.packed != 0) fused_slots<true>(p, job, ring, q, state);
-        else fused_slots<false>(p, job, ring, q, state);
+        if (job.packed != 0) fused_slots<true>(p, job, ring, state, queries);
+        else fused_slots<false>(p, job, ring, state, queries);
         const DecodeShare share = {i / stage.splits / stage.head_groups, job.item.token, job.head_group, job.head0, job.heads,
                                    job.split, job.splits, stage.splits};
         decode_join<D, FUSED_WARPS>(p, share, state, room);
