@@ -1,6 +1,5 @@
 // What decode attention goes over: the slots of a token's row, and where they lie.
 #pragma once
-#include "async.cuh"
 #include "common.cuh"
 
 // Consecutive tokens of one row.
@@ -66,7 +65,9 @@ struct Attended {
     const uint32_t *tables;
     const unsigned char *channels;   // of packed keys
 
-    // Reads what no kernel of the step writes. False where the token is padding.
+    // Reads what no kernel of the step writes. False where the token is padding. Only where `PACKED` rows may have packed
+    // slots.
+    template <bool PACKED>
     DEVICE bool read(const AttentionParams &p, uint32_t index, uint32_t head_group) {
         item = load_global<Item>(p.items + index);
         if (item.row == NO_ROW) return false;
@@ -75,18 +76,20 @@ struct Attended {
         head0 = kv_head * group + tile * 16, heads = min(16u, group - tile * 16);
         held = load_global<uint32_t>(p.kv_len + item.row);
         tables = p.tables, start = load_global<uint32_t>(p.starts + item.row);
-        const Packed *own = p.packed + item.row;
-        const uint32_t slots = load_global<uint32_t>(&own->slots);
         packed = 0;
-        if (slots != 0 && held >= slots) {
-            packed = slots / 16, kept = load_global<uint32_t>(&own->kept), saved = load_global<uint32_t>(&own->saved);
-            const uint64_t low = load_global<uint32_t>(own->channels), high = load_global<uint32_t>(own->channels + 1);
-            channels = reinterpret_cast<const unsigned char *>(low | high << 32) +
-                       static_cast<size_t>(p.layer * p.kv_heads + kv_head) * kept;
-        }
+        if (PACKED) read_packed(p);
         end = held + item.first + 1;
         begin = p.window != 0 && end > p.window ? end - p.window : 0;
         return true;
+    }
+    DEVICE void read_packed(const AttentionParams &p) {
+        const Packed *own = p.packed + item.row;
+        const uint32_t slots = load_global<uint32_t>(&own->slots);
+        if (slots == 0 || held < slots) return;
+        packed = slots / 16, kept = load_global<uint32_t>(&own->kept), saved = load_global<uint32_t>(&own->saved);
+        const uint64_t low = load_global<uint32_t>(own->channels), high = load_global<uint32_t>(own->channels + 1);
+        channels = reinterpret_cast<const unsigned char *>(low | high << 32) +
+                   static_cast<size_t>(p.layer * p.kv_heads + kv_head) * kept;
     }
     DEVICE uint32_t units() const { return (end + 15) / 16 - begin / 16; }
     // Blocks that share the slots: few slots are not worth many, for what joins them costs more.
@@ -122,28 +125,17 @@ struct Attended {
         return {p.pages + place.first * values + line * 16, second - cut, cut};
     }
 
-    // Queries for units that are not packed.
+    // The channels that a lane's queries have for packed units.
     template <class Queries>
-    DEVICE void load_queries(Queries &q, const AttentionParams &p) const {
-        const bf16 *own = first_query(p, Queries::DIM);
-        q.load_rows([&](uint32_t row) { return row < heads ? own + row * Queries::DIM : nullptr; });
+    DEVICE void load_channels(Queries &q) const {
+        if (packed != 0) q.load_channels(channels, kept);
     }
-    // Queries of rows with packed slots are brought close first, for they are picked channel by channel and taken twice:
-    // by `WARPS` warps together, to room for `heads` of them.
-    template <int D, uint32_t WARPS>
-    DEVICE void stage_queries(const AttentionParams &p, bf16 *staged) const {
-        const bf16 *own = first_query(p, D);
-        for (uint32_t i = threadIdx.x; i < heads * (D / 8); i += WARPS * 32)
-            *reinterpret_cast<uint4 *>(staged + 8 * i) = load_global<uint4>(own + 8 * i);
-        sync_warps<WARPS>();
-    }
+    // For packed units, whose channels were loaded, or for others.
     template <class Queries>
-    DEVICE void take_queries(Queries &q, const bf16 *staged, bool pruned) const {
-        auto row = [&](uint32_t row) { return row < heads ? staged + row * Queries::DIM : nullptr; };
-        if (pruned) q.pick_rows(row, channels, kept);
-        else q.template load_rows<true>(row);
-    }
-    DEVICE const bf16 *first_query(const AttentionParams &p, uint32_t dim) const {
-        return p.q + (static_cast<size_t>(item.token) * p.heads + head0) * dim;
+    DEVICE void load_queries(Queries &q, const AttentionParams &p, bool pruned) const {
+        const bf16 *own = p.q + (static_cast<size_t>(item.token) * p.heads + head0) * Queries::DIM;
+        auto row = [&](uint32_t row) { return row < heads ? own + row * Queries::DIM : nullptr; };
+        if (pruned) q.load_rows(row, kept);
+        else q.load_rows(row);
     }
 };

@@ -19,7 +19,7 @@ pub struct Attention {
     pub scale: f32,
     /// Slots that a query sees, its own included.
     pub window: Option<usize>,
-    /// Which slots are packed, by row: `[rows]` of [`PACKED_BYTES`].
+    /// Which slots are packed, by row: `[rows]` of [`PACKED_BYTES`]; or [`Part::NONE`] where none are.
     pub packed: Part,
     /// The layer, by which packed keys' channels are found.
     pub layer: usize,
@@ -55,10 +55,9 @@ pub fn decode_scratch(heads: Heads, items: usize, splits: usize) -> [usize; 2] {
     [if splits > 1 { 4 * blocks * splits * 16 * (heads.dim + 2) } else { 0 }, 4 * blocks]
 }
 
-/// Bytes of a block's memory that joining the parts of `warps` warps takes (`decode_join` in `decode.cuh`), and its queries.
+/// Bytes of a block's memory that joining the parts of `warps` warps takes (`decode_join` in `decode.cuh`).
 pub(super) fn join_memory(heads: Heads, warps: usize) -> usize {
-    let own = (heads.queries / heads.kv).min(16);
-    4 * (warps * own * (heads.dim + 2) + 16 * 32) + 16 + 2 * own * heads.dim
+    4 * (warps * (heads.queries / heads.kv).min(16) * (heads.dim + 2) + 16 * 32) + 16
 }
 
 impl Attention {
@@ -97,7 +96,18 @@ impl Attention {
     /// # Errors
     /// [`ZooError::Device`].
     pub fn decode(&self, device: &dyn Device, items: Items, splits: usize) -> Result<()> {
-        let names = ["decode_16", "decode_32", "decode_64", "decode_96", "decode_128", "decode_256"];
+        let names = if self.packed.is_empty() {
+            ["decode_16", "decode_32", "decode_64", "decode_96", "decode_128", "decode_256"]
+        } else {
+            [
+                "decode_packed_16",
+                "decode_packed_32",
+                "decode_packed_64",
+                "decode_packed_96",
+                "decode_packed_128",
+                "decode_packed_256",
+            ]
+        };
         let heads = self.places.heads;
         self.check_decode(items, splits)?;
         let grid = [heads.groups() as u32, splits as u32, items.count as u32];
@@ -107,7 +117,9 @@ impl Attention {
 
     pub(super) fn check_decode(&self, items: Items, splits: usize) -> Result<()> {
         need("items", items.items, ITEM_BYTES * items.count)?;
-        need("packed", self.packed, self.places.kv_len.len() / 4 * PACKED_BYTES)?;
+        if !self.packed.is_empty() {
+            need("packed", self.packed, self.places.kv_len.len() / 4 * PACKED_BYTES)?;
+        }
         for (scratch, bytes) in
             self.scratch.iter().zip(decode_scratch(self.places.heads, items.count, splits))
         {

@@ -25,9 +25,10 @@ template <int D>
 struct Queries {
     static constexpr int DIM = D;
     uint32_t a[D / 16][4];
+    uint32_t channels[D / 16];  // for packed units: four bytes, each a channel, of each step
 
-    // `row(i)` is where row `i` of the tile lies, or null: in the device's memory, or `CLOSE`, in the block's.
-    template <bool CLOSE = false, class Row>
+    // `row(i)` is where row `i` of the tile lies, or null.
+    template <class Row>
     DEVICE void load_rows(Row row) {
         const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -35,30 +36,33 @@ struct Queries {
             const bf16 *q = row(g + 8 * half);
 #pragma unroll
             for (int step = 0; step < D / 16; step++) {
-                const bf16 *at = q + first_channel<D>(step, t);
-                const uint2 v = q == nullptr ? make_uint2(0, 0) : CLOSE ? load<uint2>(at) : load_global<uint2>(at);
+                const uint2 v = q != nullptr ? load_global<uint2>(q + first_channel<D>(step, t)) : make_uint2(0, 0);
                 a[step][half] = v.x;
                 a[step][half + 2] = v.y;
             }
         }
     }
-    // The same of these `kept` channels, a multiple of eight; zeros after them.
-    template <class Row>
-    DEVICE void pick_rows(Row row, const unsigned char *channels, uint32_t kept) {
-        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        uint32_t four[D / 16];
+    // Of a row's packed keys: `kept` of them, a multiple of eight.
+    DEVICE void load_channels(const unsigned char *from, uint32_t kept) {
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
-            const uint32_t at = first_channel<D>(step, t);
-            four[step] = at < kept ? load_global<uint32_t>(channels + at) : 0u;
+            const uint32_t at = first_channel<D>(step, threadIdx.x % 4);
+            channels[step] = at < kept ? load_global<uint32_t>(from + at) : 0u;
         }
+    }
+    // The same of these channels; zeros after them.
+    template <class Row>
+    DEVICE void load_rows(Row row, uint32_t kept) {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const bf16 *q = row(g + 8 * half);
                 const bool has = q != nullptr && first_channel<D>(step, t) < kept;
-                auto value = [&](int i) -> uint32_t { return has ? load<bf16>(q + (four[step] >> 8 * i & 0xFF)) : 0u; };
+                auto value = [&](int i) -> uint32_t {
+                    return has ? load_global<bf16>(q + (channels[step] >> 8 * i & 0xFF)) : 0u;
+                };
                 a[step][half] = value(0) | value(1) << 16;
                 a[step][half + 2] = value(2) | value(3) << 16;
             }
@@ -263,8 +267,8 @@ DEVICE void join_parts(const float *parts, uint32_t count, uint32_t heads, float
     }
 }
 
-// A block's share of it.
-template <int D>
+// A block's share of it. Steps without packed slots, which are most, have a kernel of their own.
+template <int D, bool PACKED>
 struct DecodeJob : Attended {
     // Whether keys and values are under way while those before them are computed is a matter of registers.
     static constexpr bool AHEAD = D <= 128;
@@ -273,10 +277,10 @@ struct DecodeJob : Attended {
     uint32_t splits;        // blocks that share the slots
     uint32_t unit, stride;  // of the warp: its first unit, and how far its next one is
     PackedPlace page, next;  // where those two lie; of units that are not packed the page is the first one
-    bool idle;
+    bool idle, fetched;
     Unit<D> slots;
+    Queries<D> q;
 
-    template <bool PACKED>
     DEVICE PackedPlace page_of(const AttentionParams &p, uint32_t unit) const {
         if (PACKED && unit < packed) return packed_place<D>(p, unit);
         return {0, unit * 16 < end ? page_at(unit * 16 / p.block_size) : 0u, 0};
@@ -284,64 +288,53 @@ struct DecodeJob : Attended {
     DEVICE static size_t half_page(const AttentionParams &p) {
         return static_cast<size_t>(p.kv_heads) * D * p.block_size;
     }
-    template <bool PACKED>
     DEVICE void fetch_keys(const AttentionParams &p, uint32_t unit) {
         if (PACKED && unit < packed) return slots.fetch_packed_keys(packed_keys<D>(p, page), kept);
         slots.fetch_keys(p.pages + page.first * 2 * half_page(p) + (kv_head * p.block_size + unit * 16 % p.block_size) * D);
     }
-    template <bool PACKED>
     DEVICE void fetch_values(const AttentionParams &p, uint32_t unit, PackedPlace page) {
         if (PACKED && unit < packed) return slots.fetch_packed_values(packed_values<D>(p, page));
         const bf16 *head = p.pages + (page.first * size_t(2) + 1) * half_page(p) + static_cast<size_t>(kv_head) * D * p.block_size;
         slots.fetch_values(head + unit * 16 % p.block_size, p.block_size);
     }
 
-    // All of the block's work, with `room` for its queries. Rows without packed slots, which are most, have a way of their
-    // own from the first read on.
-    DEVICE void run(const AttentionParams &p, DecodePlace at, DecodeWarp<D> &state, bf16 *room) {
-        idle = !read(p, at.item, at.head_group);
-        splits = idle ? 0 : shared_by(at.splits);
-        idle |= at.split >= splits;
-        if (idle) return follow();
+    // Reads what no kernel of the step writes.
+    DEVICE void prepare(const AttentionParams &p, DecodePlace at) {
+        fetched = false;
+        idle = !read<PACKED>(p, at.item, at.head_group);
+        if (idle) return;
+        splits = shared_by(at.splits);
+        idle = at.split >= splits;
+        if (idle) return;
         stride = splits * WARPS;
         unit = begin / 16 + at.split * WARPS + threadIdx.x / 32;
-        state.clear();
-        if (packed != 0) run<true>(p, state, room);
-        else run<false>(p, state, room);
+        page = page_of(p, unit), next = page_of(p, unit + stride);
+        if (PACKED) load_channels(q);
+        fetched = unit * 16 + 16 <= held;
+        if (fetched) fetch(p);
     }
-    template <bool PACKED>
     DEVICE void fetch(const AttentionParams &p) {
-        fetch_keys<PACKED>(p, unit);
-        if (AHEAD) fetch_values<PACKED>(p, unit, page);
+        fetch_keys(p, unit);
+        if (AHEAD) fetch_values(p, unit, page);
     }
-    template <bool PACKED>
-    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state, bf16 *room) {
-        Queries<D> q;
-        // What no kernel of the step writes is read before those before this one have ended.
-        page = page_of<PACKED>(p, unit), next = page_of<PACKED>(p, unit + stride);
-        const bool fetched = unit * 16 + 16 <= held;
-        if (fetched) fetch<PACKED>(p);
-        follow();
+
+    DEVICE void run(const AttentionParams &p, DecodeWarp<D> &state) {
+        state.clear();
         bool pruned = PACKED && unit < packed;
-        if (PACKED) {
-            stage_queries<D, WARPS>(p, room);
-            take_queries(q, room, pruned);
-        } else {
-            load_queries(q, p);
-        }
-        if (!fetched && unit * 16 < end) fetch<PACKED>(p);
+        load_queries(q, p, pruned);
+        if (!fetched && unit * 16 < end) fetch(p);
         for (; unit * 16 < end; unit += stride) {
-            if (PACKED && pruned && unit >= packed) take_queries(q, room, pruned = false);
+            if (PACKED && pruned && unit >= packed) load_queries(q, p, pruned = false);
             state.score(q, [&](int n, int step) { return slots.k[n][step]; });
             const PackedPlace own_page = page;
             const bool more = (unit + stride) * 16 < end;
             page = next;
-            next = page_of<PACKED>(p, unit + 2 * stride);
-            if (!AHEAD) fetch_values<PACKED>(p, unit, own_page);
-            if (AHEAD && more) fetch_keys<PACKED>(p, unit + stride);
+            next = page_of(p, unit + 2 * stride);
+            if (!AHEAD) fetch_values(p, unit, own_page);
+            if (AHEAD && more) fetch_keys(p, unit + stride);
             state.add([&](int n) { return slots.v[n]; }, unit * 16, begin, end, p.scale);
-            if (!AHEAD && more) fetch_keys<PACKED>(p, unit + stride);
-            if (AHEAD && more) fetch_values<PACKED>(p, unit + stride, page);
+            if (!AHEAD && more) fetch_keys(p, unit + stride);
+            if (AHEAD && more) fetch_values(p, unit + stride, page);
         }
     }
 };
@@ -399,29 +392,31 @@ DEVICE void decode_join(const AttentionParams &p, const DecodeShare &share, cons
     if (threadIdx.x == 0) p.done[place] = 0;
 }
 
-// Floats that joining takes (`join_memory` in attention.rs), before the room for queries.
-template <int D>
-DEVICE uint32_t join_floats(const AttentionParams &p, uint32_t warps = DECODE_WARPS) {
-    return warps * min(16u, p.heads / p.kv_heads) * (D + 2) + 16 * 32 + 4;
-}
-
-#define DECODE(D, blocks)                                                              \
-    KERNEL(decode_##D, AttentionParams, DECODE_WARPS * 32, blocks) {                   \
+#define DECODE(name, D, packed, blocks)                                                \
+    KERNEL(decode_##name, AttentionParams, DECODE_WARPS * 32, blocks) {                \
         lead();                                                                        \
         SHARED(float, shared);                                                         \
         const DecodePlace at = {blockIdx.z, blockIdx.x, blockIdx.y, gridDim.y};        \
-        DecodeJob<D> job = {};                                                         \
-        DecodeWarp<D> state;                                                           \
-        job.run(p, at, state, reinterpret_cast<bf16 *>(shared + join_floats<D>(p)));   \
+        DecodeJob<D, packed> job = {};                                                 \
+        job.prepare(p, at);                                                            \
+        follow();                                                                      \
         if (job.idle) return;                                                          \
+        DecodeWarp<D> state;                                                           \
+        job.run(p, state);                                                             \
         const DecodeShare share = {at.item,  job.item.token, at.head_group, job.head0, \
                                    job.heads, at.split,       job.splits,    at.splits}; \
         decode_join<D, DECODE_WARPS>(p, share, state, shared);                         \
     }
 
-DECODE(16, 4)
-DECODE(32, 4)
-DECODE(64, 4)
-DECODE(96, 3)
-DECODE(128, 2)
-DECODE(256, 2)
+DECODE(16, 16, false, 4)
+DECODE(32, 32, false, 4)
+DECODE(64, 64, false, 4)
+DECODE(96, 96, false, 3)
+DECODE(128, 128, false, 2)
+DECODE(256, 256, false, 2)
+DECODE(packed_16, 16, true, 4)
+DECODE(packed_32, 32, true, 4)
+DECODE(packed_64, 64, true, 4)
+DECODE(packed_96, 96, true, 3)
+DECODE(packed_128, 128, true, 2)
+DECODE(packed_256, 256, true, 2)

@@ -77,7 +77,7 @@ struct Ring {
 
 // A block's share of the attention of one token. Slots that lay there before the step come through the ring, in units of
 // sixteen; of the others, the last unit's, each warp reads what it needs itself.
-template <int D>
+template <int D, bool PACKED>
 struct FusedJob : Attended {
     static constexpr uint32_t UNIT = 2 * 16 * D, UNITS = PIECE / UNIT;  // values of a unit, and units of a piece
 
@@ -89,7 +89,7 @@ struct FusedJob : Attended {
         const AttentionParams &p = stage.attention;
         const uint32_t at = index / stage.splits;
         split = index % stage.splits, head_group = at % stage.head_groups;
-        idle = !Attended::read(p, at / stage.head_groups, head_group);
+        idle = !Attended::read<PACKED>(p, at / stage.head_groups, head_group);
         if (idle) return;
         const uint32_t most = shared_by(stage.splits), share = (units() + most - 1) / most;
         splits = (units() + share - 1) / share;
@@ -104,7 +104,7 @@ struct FusedJob : Attended {
     DEVICE static size_t to_values(const AttentionParams &p) { return static_cast<size_t>(p.kv_heads) * 16 * D; }
     // Values of units `unit..end` in the ring.
     DEVICE uint32_t size(uint32_t unit, uint32_t end) const {
-        const uint32_t pruned = unit < packed ? min(end, packed) - unit : 0;
+        const uint32_t pruned = PACKED && unit < packed ? min(end, packed) - unit : 0;
         return (end - unit) * UNIT - pruned * 16 * (D - kept);
     }
 };
@@ -117,9 +117,9 @@ DEVICE void copy_run(Barrier &full, bf16 *to, const Run &run, uint32_t values) {
 
 // Brings the slots of the block's share of attention that lay there before the step: each lane of the copying warp a
 // unit's keys or values.
-template <int D, class Next>
+template <int D, bool PACKED, class Next>
 DEVICE void fused_fill_slots(const Stage &stage, Next next) {
-    using Job = FusedJob<D>;
+    using Job = FusedJob<D, PACKED>;
     static_assert(2 * Job::UNITS <= 32, "a lane for each copy");
     const AttentionParams &p = stage.attention;
     const uint32_t lane = threadIdx.x % 32, own = lane / 2, values = lane % 2;
@@ -130,7 +130,7 @@ DEVICE void fused_fill_slots(const Stage &stage, Next next) {
         for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS) {
             const uint32_t end = min(unit + Job::UNITS, job.whole);
             // Where the lane's copy comes from is known before there is room for it.
-            const bool has = unit + own < end, pruned = unit + own < job.packed;
+            const bool has = unit + own < end, pruned = PACKED && unit + own < job.packed;
             Run run = {nullptr, nullptr, 0xFFFFFFFFu};
             if (has && pruned) {
                 const PackedPlace place = job.template packed_place<D>(p, unit + own);
@@ -146,7 +146,7 @@ DEVICE void fused_fill_slots(const Stage &stage, Next next) {
 }
 
 // Brings all weights of the block's tiles and all of its slots, stage by stage, in the order in which they are used.
-template <int D>
+template <int D, bool PACKED>
 DEVICE void fused_fill(const FusedParams &p, Ring ring) {
     // The oldest piece that may still be under way, and how many were asked for.
     Ring oldest = ring;
@@ -165,7 +165,7 @@ DEVICE void fused_fill(const FusedParams &p, Ring ring) {
     };
     for (uint32_t s = p.from; s < p.to; s++) {
         const Stage &stage = p.stages[s];
-        if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D>(stage, next);
+        if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D, PACKED>(stage, next);
         if (!is_product(stage.kind)) continue;
         const TiledMatrix matrix = {p.maps + s, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
         for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
@@ -316,20 +316,14 @@ DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t
     else fused_product<4>(stage, ring, staged, close);
 }
 
-// The units of the block's share: those in the ring, then the others. Rows without packed slots, which are most, have a
-// loop of their own.
-template <bool PACKED, int D>
-DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &ring, DecodeWarp<D> &state, bf16 *room) {
-    using Job = FusedJob<D>;
+// The units of the block's share: those in the ring, then the others.
+template <int D, bool PACKED>
+DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D, PACKED> &job, Ring &ring, Queries<D> &q,
+                        DecodeWarp<D> &state) {
+    using Job = FusedJob<D, PACKED>;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     bool pruned = PACKED && job.first < job.packed;
-    Queries<D> q;
-    if (PACKED) {
-        job.template stage_queries<D, FUSED_WARPS>(p, room);
-        job.take_queries(q, room, pruned);
-    } else {
-        job.load_queries(q, p);
-    }
+    job.load_queries(q, p, pruned);
     for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS, ring.next()) {
         ring.memory.full[ring.slot].wait(ring.phase);
         const uint32_t end = min(unit + Job::UNITS, job.whole);
@@ -337,7 +331,7 @@ DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &
         for (uint32_t mine = unit + (warp + FUSED_WARPS - (unit - job.first) % FUSED_WARPS) % FUSED_WARPS; mine < end;
              mine += FUSED_WARPS) {
             const bf16 *keys = ring.piece() + (mine - unit) * Job::UNIT, *values = keys + 16 * D;
-            if (PACKED && pruned && mine >= job.packed) job.take_queries(q, room, pruned = false);
+            if (PACKED && pruned && mine >= job.packed) job.load_queries(q, p, pruned = false);
             const uint32_t row = 4 * (g / 2) + g % 2, width = PACKED && pruned ? job.kept : D;
             if constexpr (D % 32 == 0) {
                 state.score_pairs(q, [&](int n, int pair) {
@@ -358,7 +352,7 @@ DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &
     }
     for (uint32_t unit = job.whole; unit < job.last; unit++) {
         if ((unit - job.first) % FUSED_WARPS != warp) continue;
-        if (PACKED && pruned) job.take_queries(q, room, pruned = false);
+        if (PACKED && pruned) job.load_queries(q, p, pruned = false);
         Unit<D> slots;
         const bf16 *keys = job.keys(p, unit);
         slots.fetch_keys(keys);
@@ -369,23 +363,26 @@ DEVICE void fused_slots(const AttentionParams &p, const FusedJob<D> &job, Ring &
 }
 
 // Attention, block by block of the decode kernel's grid.
-template <int D>
+template <int D, bool PACKED>
 DEVICE void fused_attention(const Stage &stage, Ring &ring, float *room, const Meeting &meeting) {
     const AttentionParams &p = stage.attention;
     const uint32_t all = stage.tokens * stage.head_groups * stage.splits;
     uint32_t i = blockIdx.x;
-    FusedJob<D> job = {};
-    bf16 *queries = reinterpret_cast<bf16 *>(room + join_floats<D>(p, FUSED_WARPS));
+    FusedJob<D, PACKED> job = {};
+    Queries<D> q;
+    auto read = [&]() {
+        job.read(stage, i);
+        if (PACKED && !job.idle) job.load_channels(q);
+    };
     // Before the stage before this one has ended everywhere: no kernel writes what this reads.
-    if (i < all) job.read(stage, i);
+    if (i < all) read();
     meeting.await();
     for (; i < all; i += gridDim.x) {
-        if (i != blockIdx.x) job.read(stage, i);
+        if (i != blockIdx.x) read();
         if (job.idle) continue;
         DecodeWarp<D> state;
         state.clear();
-        if (job.packed != 0) fused_slots<true>(p, job, ring, state, queries);
-        else fused_slots<false>(p, job, ring, state, queries);
+        fused_slots(p, job, ring, q, state);
         const DecodeShare share = {i / stage.splits / stage.head_groups, job.item.token, job.head_group, job.head0, job.heads,
                                    job.split, job.splits, stage.splits};
         decode_join<D, FUSED_WARPS>(p, share, state, room);
@@ -408,7 +405,7 @@ DEVICE void copy_stage(Stage &to, const Stage *from) {
         reinterpret_cast<uint32_t *>(&to)[i] = reinterpret_cast<const uint32_t *>(from)[i];
 }
 
-template <int D>
+template <int D, bool PACKED>
 DEVICE void fused_step(const FusedParams &p) {
     SHARED(unsigned char, bytes);
     FusedMemory &memory = *reinterpret_cast<FusedMemory *>(bytes);
@@ -420,7 +417,7 @@ DEVICE void fused_step(const FusedParams &p) {
     }
     __syncthreads();
     if (threadIdx.x / 32 == FUSED_WARPS) {
-        fused_fill<D>(p, ring);
+        fused_fill<D, PACKED>(p, ring);
         return;
     }
     copy_stage(memory.stages[p.from % 2], p.stages + p.from);
@@ -431,7 +428,7 @@ DEVICE void fused_step(const FusedParams &p) {
         // Nobody reads the stage before this one any more: all warps have met since.
         if (s + 1 < p.to) copy_stage(memory.stages[(s + 1) % 2], p.stages + s + 1);
         if (stage.kind == STAGE_ATTENTION) {
-            fused_attention<D>(stage, ring, reinterpret_cast<float *>(room), meeting);
+            fused_attention<D, PACKED>(stage, ring, reinterpret_cast<float *>(room), meeting);
         } else {
             const SkinnyParams &product = stage.skinny;
             if (stage.kind == STAGE_PLACE && threadIdx.x < product.tokens)
@@ -445,11 +442,17 @@ DEVICE void fused_step(const FusedParams &p) {
     }
 }
 
-#define FUSED(D) \
-    KERNEL(fused_step_##D, FusedParams, FUSED_THREADS, 1) { fused_step<D>(p); }
+#define FUSED(name, D, packed) \
+    KERNEL(fused_step_##name, FusedParams, FUSED_THREADS, 1) { fused_step<D, packed>(p); }
 
-FUSED(16)
-FUSED(32)
-FUSED(64)
-FUSED(96)
-FUSED(128)
+FUSED(16, 16, false)
+FUSED(32, 32, false)
+FUSED(64, 64, false)
+FUSED(96, 96, false)
+FUSED(128, 128, false)
+// Where rows may have packed slots.
+FUSED(packed_16, 16, true)
+FUSED(packed_32, 32, true)
+FUSED(packed_64, 64, true)
+FUSED(packed_96, 96, true)
+FUSED(packed_128, 128, true)

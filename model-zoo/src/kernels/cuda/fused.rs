@@ -15,13 +15,13 @@ pub const FUSED_TOKENS: usize = 32;
 /// Slots of a page: units of sixteen are copied whole.
 pub const FUSED_BLOCK: usize = 16;
 
-/// Channels of heads that it is compiled for.
-const KERNELS: [(usize, &str); 5] = [
-    (16, "fused_step_16"),
-    (32, "fused_step_32"),
-    (64, "fused_step_64"),
-    (96, "fused_step_96"),
-    (128, "fused_step_128"),
+/// Channels of heads that it is compiled for: steps without packed slots, and those with.
+const KERNELS: [(usize, [&str; 2]); 5] = [
+    (16, ["fused_step_16", "fused_step_packed_16"]),
+    (32, ["fused_step_32", "fused_step_packed_32"]),
+    (64, ["fused_step_64", "fused_step_packed_64"]),
+    (96, ["fused_step_96", "fused_step_packed_96"]),
+    (128, ["fused_step_128", "fused_step_packed_128"]),
 ];
 
 /// Warps that compute, and threads of a block: one more warp copies.
@@ -81,14 +81,14 @@ fn normed_bytes(tokens: usize, cols: usize) -> usize {
 }
 
 impl<'a> Program<'a> {
-    /// No stages yet, for heads of `dim` channels.
+    /// No stages yet, for heads of `dim` channels, of rows some of whose slots are packed or not.
     ///
     /// # Errors
     /// [`ZooError::Device`] when no kernel is compiled for them.
-    pub fn new(device: &'a Arc<dyn Device>, dim: usize) -> Result<Self> {
+    pub fn new(device: &'a Arc<dyn Device>, (dim, packed): (usize, bool)) -> Result<Self> {
         let kernel = KERNELS.iter().find(|(own, _)| *own == dim);
         let unknown = || ZooError::Device(format!("no joint kernel for heads of {dim} channels"));
-        let kernel = kernel.ok_or_else(unknown)?.1;
+        let kernel = kernel.ok_or_else(unknown)?.1[usize::from(packed)];
         Ok(Self { device, kernel, stages: Vec::new(), maps: Vec::new(), room: 0 })
     }
 

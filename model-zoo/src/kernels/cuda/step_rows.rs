@@ -1,9 +1,14 @@
 //! The rows of a step as the kernels see them: checked, and what of them is packed, observed, or shows an image.
 
 use super::device::Part;
+use super::pruned::OBSERVED_WORDS;
 use crate::compression::Sublayer;
+use crate::compression::route::{Active, Span};
 use crate::kv_cache::{KvLayout, PackedLayout};
-use crate::step::StepRow;
+use crate::step::{StepBatch, StepRow};
+
+/// Which tokens run a sublayer, and the spans of them.
+pub(super) type Selected = (Active, Vec<Span>);
 
 /// What indexes are checked against.
 #[derive(Debug, Clone, Copy)]
@@ -93,4 +98,24 @@ pub(super) fn check(row: &StepRow<'_>, bounds: &Bounds, packed: Option<&Prefix>)
 /// Whether some token of the row stands for a part of an image.
 pub(super) fn shows(row: &StepRow<'_>) -> bool {
     !row.images.is_empty() && (0..row.tokens.len()).any(|index| row.is_visual(index))
+}
+
+/// The rows whose queries are observed in each layer: the last of their tokens that run there.
+pub(super) fn observed(
+    observers: &[usize],
+    batch: &StepBatch<'_>,
+    actives: &[[Selected; 2]],
+) -> Vec<Vec<[u32; OBSERVED_WORDS]>> {
+    let of_row = |spans: &[Span], (place, &row): (usize, &usize)| {
+        let own = || spans.iter().filter(|span| span.row == row);
+        let end = own().map(|span| span.start + span.len).max()?;
+        let wanted = num_observed(&batch.rows[row]);
+        let left_out = batch.rows[row].tokens.len() - own().map(|span| span.first + span.len).max()?;
+        let count = wanted.saturating_sub(left_out).min(own().map(|span| span.len).sum());
+        (count > 0).then(|| [end - count, count, place, 0].map(|word| word as u32))
+    };
+    let of_layer = |[(_, spans), _]: &[Selected; 2]| {
+        observers.iter().enumerate().filter_map(|observer| of_row(spans, observer)).collect()
+    };
+    actives.iter().map(of_layer).collect()
 }

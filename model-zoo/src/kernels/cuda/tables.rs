@@ -10,7 +10,7 @@ use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
 use super::pruned::OBSERVED_WORDS;
 pub use super::step_rows::{Bounds, Pages, Prefix};
-use super::step_rows::{active, check, num_observed, shows};
+use super::step_rows::{Selected, active, check, num_observed, observed, shows};
 use super::watch_tables::WatchTables;
 use crate::compression::Sublayer;
 use crate::compression::route::{Active, Route, Span, Watched};
@@ -46,6 +46,7 @@ pub struct StepTables {
     rows: usize,
     num_logits: usize,
     uniform: bool,
+    is_packed: bool,
     selections: Vec<[Selection; 2]>,
     /// Of each layer: where the rows whose queries are observed begin, and how many they are.
     observed: Vec<(usize, usize)>,
@@ -53,9 +54,6 @@ pub struct StepTables {
     observers: Vec<usize>,
     watch: WatchTables,
 }
-
-/// Which tokens run a sublayer, and the spans of them.
-type Selected = (Active, Vec<Span>);
 
 /// Arrays of one word a token before the arrays by layer: tokens, positions, rows, within, logits, and items of four.
 const TOKEN_WORDS: usize = 5 + ITEM_BYTES / 4;
@@ -73,6 +71,7 @@ impl StepTables {
             rows: 0,
             num_logits: 0,
             uniform: false,
+            is_packed: false,
             selections,
             observed: Vec::new(),
             observers: Vec::new(),
@@ -92,6 +91,7 @@ impl StepTables {
         bucket: impl Fn(usize) -> usize,
     ) -> Result<()> {
         self.bounds.num_pages = pages.count;
+        self.is_packed = pages.prefixes.iter().any(Option::is_some);
         self.bounds.block_size = pages.layout.block_size;
         for (index, row) in batch.rows.iter().enumerate() {
             let packed = pages.prefixes[index].as_ref();
@@ -119,7 +119,7 @@ impl StepTables {
         let runs: Vec<usize> = actives.iter().map(|[_, (active, _)]| active.count()).collect();
         let sizes = (self.tokens, self.uniform);
         self.watch.lay((batch, route), (watched, &runs), sizes, &mut self.words);
-        let observed = self.observed(batch, &actives);
+        let observed = observed(&self.observers, batch, &actives);
         for (layer, [attention, ffn]) in actives.into_iter().enumerate() {
             let before = layer.checked_sub(1).map(|before| self.selections[before]);
             let own = [
@@ -281,22 +281,6 @@ impl StepTables {
         }
     }
 
-    /// The rows whose queries are observed in each layer: the last of their tokens that run there.
-    fn observed(&self, batch: &StepBatch<'_>, actives: &[[Selected; 2]]) -> Vec<Vec<[u32; OBSERVED_WORDS]>> {
-        let of_row = |spans: &[Span], (place, &row): (usize, &usize)| {
-            let own = || spans.iter().filter(|span| span.row == row);
-            let end = own().map(|span| span.start + span.len).max()?;
-            let wanted = num_observed(&batch.rows[row]);
-            let left_out = batch.rows[row].tokens.len() - own().map(|span| span.first + span.len).max()?;
-            let count = wanted.saturating_sub(left_out).min(own().map(|span| span.len).sum());
-            (count > 0).then(|| [end - count, count, place, 0].map(|word| word as u32))
-        };
-        let of_layer = |[(_, spans), _]: &[Selected; 2]| {
-            self.observers.iter().enumerate().filter_map(|observer| of_row(spans, observer)).collect()
-        };
-        actives.iter().map(of_layer).collect()
-    }
-
     fn lay_observed(&mut self, observed: Vec<Vec<[u32; OBSERVED_WORDS]>>) {
         self.observed.clear();
         for items in observed {
@@ -369,7 +353,11 @@ impl StepTables {
     /// The number of tokens, and of each sublayer's.
     pub fn class(&self) -> Vec<u32> {
         let of_layers = self.selections.iter().flatten().map(|selection| selection.tokens as u32);
-        std::iter::once(self.tokens as u32).chain(of_layers).chain(self.watch.class()).collect()
+        [self.tokens as u32, u32::from(self.is_packed)]
+            .into_iter()
+            .chain(of_layers)
+            .chain(self.watch.class())
+            .collect()
     }
 
     /// The most tokens that may leave out the FFN of a layer, with padding.
@@ -448,6 +436,11 @@ impl StepTables {
         let starts = lens + self.bounds.layers * self.rows;
         let tables = self.pages.part()?;
         Ok([self.part(lens, self.rows)?, self.part(starts, self.rows)?, tables])
+    }
+
+    /// Whether some row has packed slots.
+    pub fn is_packed(&self) -> bool {
+        self.is_packed
     }
 
     /// What of rows is packed, `[rows]` of [`PACKED_BYTES`].

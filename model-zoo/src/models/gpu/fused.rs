@@ -23,7 +23,7 @@ impl GpuDecoder {
 
     /// The step as one launch. What it does is what [`GpuDecoder::launch`] does.
     pub(super) fn fuse(&self, step: &Step) -> Result<Box<dyn Graph>> {
-        let mut program = Program::new(&self.device, step.heads.dim)?;
+        let mut program = Program::new(&self.device, (step.heads.dim, self.tables.is_packed()))?;
         let (tables, scratch, count) = (&self.tables, &self.scratch, self.tables.num_tokens());
         let x = Part::all(&scratch.x);
         let embedding = Part::all(&self.weights.embedding.weight);

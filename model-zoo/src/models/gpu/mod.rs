@@ -21,7 +21,7 @@ use std::sync::Arc;
 use crate::compression::route::Route;
 use crate::config::DecoderConfig;
 use crate::kernels::cuda::attention::Attention;
-use crate::kernels::cuda::device::{Buffer, Device, Part};
+use crate::kernels::cuda::device::{Buffer, Device, Graph, Part};
 use crate::kernels::cuda::ops::{self, Heads, Matrix, Norm, Tokens};
 use crate::kernels::cuda::sampling;
 use crate::kernels::cuda::stack::STACK_TOKENS;
@@ -254,15 +254,26 @@ impl GpuDecoder {
         if !self.graphs.is_due(&key) {
             return self.launch(step);
         }
+        match self.capture(step) {
+            Ok(graph) => {
+                graph.replay()?;
+                self.graphs.insert(key, graph);
+                Ok(())
+            }
+            // Others who use the device can spoil a capture. Nothing of the step has run then.
+            Err(error) => {
+                tracing::warn!(%error, "a step was not captured");
+                self.launch(step)
+            }
+        }
+    }
+
+    fn capture(&self, step: &Step) -> Result<Box<dyn Graph>> {
         self.device.begin_capture()?;
         let launched = self.launch(step);
         // The stream leaves its capture whatever happened.
         let graph = self.device.end_capture();
-        launched?;
-        let graph = graph?;
-        graph.replay()?;
-        self.graphs.insert(key, graph);
-        Ok(())
+        launched.and(graph)
     }
 
     /// Launches every kernel of the step.
@@ -345,7 +356,7 @@ impl GpuDecoder {
             out: Part::all(&scratch.mixed),
             scale: self.config.attention_scale,
             window,
-            packed: tables.packed()?,
+            packed: if tables.is_packed() { tables.packed()? } else { Part::NONE },
             layer,
             scratch: scratch.parts.each_ref().map(Part::all),
         })
