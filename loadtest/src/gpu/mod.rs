@@ -120,7 +120,7 @@ mod tests {
         let target = Target::Device(Arc::new(Emulated::new(Order::Upwards)));
         let mut bytes = Vec::new();
         for (ffn, levels) in [(40, None), (64, None), (64, Some(3))] {
-            let (hidden, heads, head_dim) = (32, [4, 2], 16);
+            let (hidden, heads, head_dim) = (32, [4, 2], 32);
             let shape =
                 Shape { name: "tiny", hidden, ffn, layers: 4, heads, head_dim, vocab: 50, tied: true, goals };
             let weights = RandomWeights::of(&shape.config(), 0.1);

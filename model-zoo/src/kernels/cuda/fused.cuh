@@ -115,10 +115,28 @@ DEVICE void copy_run(Barrier &full, bf16 *to, const Run &run, uint32_t values) {
     if (near < values) full.copy(to + near, run.second + near, (values - near) * 2);
 }
 
+// The copying warp's way through the ring: all of its lanes know where it is.
+struct Filling {
+    Ring ring, oldest;      // `oldest` is the first piece that may still be under way
+    uint32_t asked, ahead;  // pieces that were asked for, and how many may be under way
+
+    // Waits for room for the next piece, and announces it by the first lane.
+    DEVICE void await(uint32_t bytes) {
+        if (asked >= ahead) ring.memory.full[oldest.slot].wait(oldest.phase);
+        ring.memory.empty[ring.slot].wait(ring.phase ^ 1);
+        if (threadIdx.x % 32 == 0) ring.memory.full[ring.slot].announce(bytes);
+    }
+    DEVICE void next() {
+        if (asked++ >= ahead) oldest.next();
+        ring.next();
+    }
+    DEVICE Barrier &full() const { return ring.memory.full[ring.slot]; }
+};
+
 // Brings the slots of the block's share of attention that lay there before the step: each lane of the copying warp a
 // unit's keys or values.
-template <int D, bool PACKED, class Next>
-DEVICE void fused_fill_slots(const Stage &stage, Next next) {
+template <int D, bool PACKED>
+DEVICE void fused_fill_slots(const Stage &stage, Filling &filling) {
     using Job = FusedJob<D, PACKED>;
     static_assert(2 * Job::UNITS <= 32, "a lane for each copy");
     const AttentionParams &p = stage.attention;
@@ -138,41 +156,36 @@ DEVICE void fused_fill_slots(const Stage &stage, Next next) {
             } else if (has) {
                 run.first = job.keys(p, unit + own) + (values ? Job::to_values(p) : 0);
             }
-            next(job.size(unit, end) * 2, [&](Barrier &full, bf16 *piece) {
-                if (has) copy_run(full, piece + own * Job::UNIT + values * 16 * D, run, 16 * (pruned && !values ? job.kept : D));
-            });
+            filling.await(job.size(unit, end) * 2);
+            __syncwarp();
+            bf16 *to = filling.ring.piece() + own * Job::UNIT + values * 16 * D;
+            if (has) copy_run(filling.full(), to, run, 16 * (pruned && !values ? job.kept : D));
+            filling.next();
         }
     }
+}
+
+// Brings the block's tiles of a product, by the first lane: more of them would only crowd the barriers.
+DEVICE void fused_fill_weights(const Stage &stage, const TensorMap *map, Filling &filling) {
+    const TiledMatrix matrix = {map, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
+    const bool leads = threadIdx.x % 32 == 0;
+    for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
+        for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS, filling.next())
+            if (leads) {
+                filling.await(TILE_BYTES);
+                filling.full().copy(filling.ring.piece(), matrix, row, group);
+            }
+    __syncwarp();
 }
 
 // Brings all weights of the block's tiles and all of its slots, stage by stage, in the order in which they are used.
 template <int D, bool PACKED>
 DEVICE void fused_fill(const FusedParams &p, Ring ring) {
-    // The oldest piece that may still be under way, and how many were asked for.
-    Ring oldest = ring;
-    uint32_t asked = 0;
-    const bool leads = threadIdx.x % 32 == 0;
-    auto next = [&](uint32_t bytes, auto copy) {
-        if (++asked > p.ahead) {
-            ring.memory.full[oldest.slot].wait(oldest.phase);
-            oldest.next();
-        }
-        ring.memory.empty[ring.slot].wait(ring.phase ^ 1);
-        if (leads) ring.memory.full[ring.slot].announce(bytes);
-        __syncwarp();
-        copy(ring.memory.full[ring.slot], ring.piece());
-        ring.next();
-    };
+    Filling filling = {ring, ring, 0, p.ahead};
     for (uint32_t s = p.from; s < p.to; s++) {
         const Stage &stage = p.stages[s];
-        if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D, PACKED>(stage, next);
-        if (!is_product(stage.kind)) continue;
-        const TiledMatrix matrix = {p.maps + s, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
-        for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
-            for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS)
-                next(TILE_BYTES, [&](Barrier &full, bf16 *piece) {
-                    if (leads) full.copy(piece, matrix, row, group);
-                });
+        if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D, PACKED>(stage, filling);
+        if (is_product(stage.kind)) fused_fill_weights(stage, p.maps + s, filling);
     }
 }
 
