@@ -140,7 +140,7 @@ mod tests {
             }
             plans::skip_ffns(&shape, &mut bench, &target).unwrap();
             assert!(bench.states[0].ffns_skipped > 0);
-            bench.sizes.context = 90;
+            bench.sizes.context = 200;
             plans::prune_keys(&shape, (&mut bench, 2), &target).unwrap();
             assert!(bench.tables[1][0].len() < bench.pages[1][0].len(), "pages were packed");
         }

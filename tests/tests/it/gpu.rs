@@ -65,13 +65,15 @@ async fn tokens_drawn_on_the_device_are_those_of_its_logits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn methods_that_a_gpu_does_not_run_are_refused_by_name() {
+async fn keys_are_pruned_and_the_pool_shrinks_while_it_lies_on_the_device() {
     let server = start().await;
     let think = json!({"compression": {"think": {"ratio": 0.5, "recent": 4}}});
-    let (status, answer) = complete(&server, 3, think).await;
-    let message = answer["error"]["message"].as_str().unwrap_or_default();
-    assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("compression.think")), "{answer}");
-    assert!(message.contains("not run on a GPU"), "{message}");
+    let pruned = text(&server, 9, think.clone()).await;
+    assert_eq!(text(&server, 9, think.clone()).await, pruned, "the same steps give the same text");
+    // Sealed prompts beside dense ones, and nothing is left when they have ended.
+    let calls = (0..6).map(|i| text(&server, i + 4, if i % 2 == 0 { json!({}) } else { think.clone() }));
+    futures_util::future::join_all(calls).await;
+    until(|| async { metric(server.http, "rheostat_sequences_running").await == 0.0 }).await;
     // The pool follows its budget down while it lies on the device.
     let (status, answer) = request(server.http, "PUT", "/admin/memory", br#"{"kv": "64KiB"}"#).await;
     assert_eq!(status, 200, "{answer}");

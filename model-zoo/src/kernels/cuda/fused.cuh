@@ -115,77 +115,84 @@ DEVICE void copy_run(Barrier &full, bf16 *to, const Run &run, uint32_t values) {
     if (near < values) full.copy(to + near, run.second + near, (values - near) * 2);
 }
 
-// The copying warp's way through the ring: all of its lanes know where it is.
+// The way through the ring of who copies: one lane, or, `WIDE`, a whole warp, all of whose lanes know where it is.
+template <bool WIDE>
 struct Filling {
     Ring ring, oldest;      // `oldest` is the first piece that may still be under way
     uint32_t asked, ahead;  // pieces that were asked for, and how many may be under way
 
-    // Waits for room for the next piece, and announces it by the first lane.
-    DEVICE void await(uint32_t bytes) {
-        if (asked >= ahead) ring.memory.full[oldest.slot].wait(oldest.phase);
+    DEVICE static bool leads() { return !WIDE || threadIdx.x % 32 == 0; }
+    // Waits for room for the next piece, of `bytes` bytes, and has `copy` bring it.
+    template <class Copy>
+    DEVICE void next(uint32_t bytes, Copy copy) {
+        if (++asked > ahead) {
+            ring.memory.full[oldest.slot].wait(oldest.phase);
+            oldest.next();
+        }
         ring.memory.empty[ring.slot].wait(ring.phase ^ 1);
-        if (threadIdx.x % 32 == 0) ring.memory.full[ring.slot].announce(bytes);
-    }
-    DEVICE void next() {
-        if (asked++ >= ahead) oldest.next();
+        if (leads()) ring.memory.full[ring.slot].announce(bytes);
+        if (WIDE) __syncwarp();
+        copy(ring.memory.full[ring.slot], ring.piece());
         ring.next();
     }
-    DEVICE Barrier &full() const { return ring.memory.full[ring.slot]; }
 };
 
-// Brings the slots of the block's share of attention that lay there before the step: each lane of the copying warp a
-// unit's keys or values.
+// Brings the slots of the block's share of attention that lay there before the step.
 template <int D, bool PACKED>
-DEVICE void fused_fill_slots(const Stage &stage, Filling &filling) {
+DEVICE void fused_fill_slots(const Stage &stage, Filling<PACKED> &filling) {
     using Job = FusedJob<D, PACKED>;
     static_assert(2 * Job::UNITS <= 32, "a lane for each copy");
     const AttentionParams &p = stage.attention;
-    const uint32_t lane = threadIdx.x % 32, own = lane / 2, values = lane % 2;
     for (uint32_t i = blockIdx.x; i < stage.tokens * stage.head_groups * stage.splits; i += gridDim.x) {
         Job job = {};
         job.read(stage, i);
         if (job.idle) continue;
         for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS) {
             const uint32_t end = min(unit + Job::UNITS, job.whole);
-            // Where the lane's copy comes from is known before there is room for it.
-            const bool has = unit + own < end, pruned = PACKED && unit + own < job.packed;
-            Run run = {nullptr, nullptr, 0xFFFFFFFFu};
-            if (has && pruned) {
-                const PackedPlace place = job.template packed_place<D>(p, unit + own);
-                run = values ? job.template packed_values<D>(p, place) : job.template packed_keys<D>(p, place);
-            } else if (has) {
-                run.first = job.keys(p, unit + own) + (values ? Job::to_values(p) : 0);
+            if constexpr (PACKED) {
+                // Each lane brings a unit's keys or values, and knows from where before there is room for them.
+                const uint32_t own = unit + threadIdx.x % 32 / 2, values = threadIdx.x % 2;
+                const bool pruned = own < job.packed;
+                Run run = {nullptr, nullptr, 0xFFFFFFFFu};
+                if (own < end && pruned) {
+                    const PackedPlace place = job.template packed_place<D>(p, own);
+                    run = values ? job.template packed_values<D>(p, place) : job.template packed_keys<D>(p, place);
+                } else if (own < end) {
+                    run.first = job.keys(p, own) + (values ? Job::to_values(p) : 0);
+                }
+                filling.next(job.size(unit, end) * 2, [&](Barrier &full, bf16 *piece) {
+                    piece += (own - unit) * Job::UNIT + values * 16 * D;
+                    if (own < end) copy_run(full, piece, run, 16 * (pruned && !values ? job.kept : D));
+                });
+            } else {
+                filling.next((end - unit) * Job::UNIT * 2, [&](Barrier &full, bf16 *piece) {
+                    for (uint32_t u = 0; u < end - unit; u++) {
+                        const bf16 *keys = job.keys(p, unit + u);
+                        full.copy(piece + u * Job::UNIT, keys, Job::UNIT);
+                        full.copy(piece + u * Job::UNIT + 16 * D, keys + Job::to_values(p), Job::UNIT);
+                    }
+                });
             }
-            filling.await(job.size(unit, end) * 2);
-            __syncwarp();
-            bf16 *to = filling.ring.piece() + own * Job::UNIT + values * 16 * D;
-            if (has) copy_run(filling.full(), to, run, 16 * (pruned && !values ? job.kept : D));
-            filling.next();
         }
     }
 }
 
-// Brings the block's tiles of a product, by the first lane: more of them would only crowd the barriers.
-DEVICE void fused_fill_weights(const Stage &stage, const TensorMap *map, Filling &filling) {
-    const TiledMatrix matrix = {map, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
-    const bool leads = threadIdx.x % 32 == 0;
-    for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
-        for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS, filling.next())
-            if (leads) {
-                filling.await(TILE_BYTES);
-                filling.full().copy(filling.ring.piece(), matrix, row, group);
-            }
-    __syncwarp();
-}
-
-// Brings all weights of the block's tiles and all of its slots, stage by stage, in the order in which they are used.
+// Brings all weights of the block's tiles and all of its slots, stage by stage, in the order in which they are used: by one
+// lane, which is fastest for weights, or where slots are packed by the whole warp.
 template <int D, bool PACKED>
 DEVICE void fused_fill(const FusedParams &p, Ring ring) {
-    Filling filling = {ring, ring, 0, p.ahead};
+    Filling<PACKED> filling = {ring, ring, 0, p.ahead};
+    if (!PACKED && threadIdx.x % 32 != 0) return;
     for (uint32_t s = p.from; s < p.to; s++) {
         const Stage &stage = p.stages[s];
         if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D, PACKED>(stage, filling);
-        if (is_product(stage.kind)) fused_fill_weights(stage, p.maps + s, filling);
+        if (!is_product(stage.kind)) continue;
+        const TiledMatrix matrix = {p.maps + s, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
+        for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
+            for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS)
+                filling.next(TILE_BYTES, [&](Barrier &full, bf16 *piece) {
+                    if (filling.leads()) full.copy(piece, matrix, row, group);
+                });
     }
 }
 
