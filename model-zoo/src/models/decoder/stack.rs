@@ -55,7 +55,7 @@ impl CpuDecoder {
     ///
     /// # Errors
     /// [`ZooError::WeightBudget`] before anything is read when not even the base fits; else as
-    /// [`LevelSource::read`].
+    /// [`crate::weights::levels::LevelSource::read`].
     pub(super) fn fill_stack(&mut self, budget: Option<u64>) -> Result<()> {
         let Some(stack) = &self.stack else { return Ok(()) };
         let budget = budget.unwrap_or(u64::MAX);
