@@ -43,6 +43,11 @@ pub(super) struct Bench {
     pub(super) sizes: Sizes,
 }
 
+/// Joules a token, where there is a meter.
+pub(super) fn shown(joules: Option<f64>) -> String {
+    joules.map_or("no meter".into(), |joules| format!("{joules:.4}"))
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

@@ -11,7 +11,7 @@ use model_zoo::loader::{LoadOptions, Target, build_in_levels, build_on};
 use model_zoo::models::CausalLm;
 use model_zoo::weights::RandomWeights;
 
-use bench::{Bench, SIZES, Sizes};
+use bench::{Bench, SIZES, Sizes, shown};
 use shape::{SHAPES, Shape};
 
 /// What is measured.
@@ -74,7 +74,7 @@ fn measure((shape, sizes): (&Shape, Sizes), target: &Target, options: &Options) 
             _ => "",
         };
         let (ms, rate) = (1e3 * seconds, batch as f64 / seconds);
-        let joules = joules.map_or("no meter".into(), |joules| format!("{joules:.4}"));
+        let joules = shown(joules);
         let what = format!("decode of {batch}, context {}", sizes.context);
         println!("| {} | {what} | {ms:.3} ms, {rate:.0} /s | {joules} | {goal} |", shape.name);
     }

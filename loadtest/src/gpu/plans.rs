@@ -4,7 +4,7 @@ use model_zoo::compression::options::{FfnSkip, Think};
 use model_zoo::compression::{CompressionOptions, Plan};
 use model_zoo::loader::Target;
 
-use super::bench::{BLOCK_SIZE, Bench, Sizes};
+use super::bench::{BLOCK_SIZE, Bench, Sizes, shown};
 use super::shape::{SKIP_HORIZON, Shape};
 
 /// Decode of one row by plans that leave work out: how much faster than dense, beside how many fewer bytes they read.
@@ -25,7 +25,7 @@ pub(super) fn compare(shape: &Shape, bench: &mut Bench, target: &Target) -> mode
         let predicted = bytes(&dense, bench.sizes) / bytes(&bench.plan, bench.sizes);
         let (own, joules) = bench.decode_mean(target)?;
         let realised = seconds / own;
-        let joules = joules.map_or("no meter".into(), |joules| format!("{joules:.4}"));
+        let joules = shown(joules);
         let (name, ms, share) = (shape.name, 1e3 * own, realised / predicted);
         println!(
             "| {name} | {what}, one row | {ms:.3} ms, {realised:.3} of {predicted:.3} times as fast: {share:.3} | \
@@ -48,7 +48,7 @@ pub(super) fn skip_ffns(shape: &Shape, bench: &mut Bench, target: &Target) -> mo
     let left_out = bench.states[0].ffns_skipped as f64 / tokens;
     let whole = shape.bytes(&bench.plan, bench.sizes.context);
     let predicted = whole / (whole - left_out * 2.0 * (3 * shape.hidden * shape.ffn) as f64);
-    let joules = joules.map_or("no meter".into(), |joules| format!("{joules:.4}"));
+    let joules = shown(joules);
     let (name, ms, realised) = (shape.name, 1e3 * seconds, dense / seconds);
     let share = realised / predicted;
     println!(
@@ -72,7 +72,7 @@ pub(super) fn prune_keys(
     let plan = std::mem::replace(&mut bench.plan, shape.compile(&options, bench.sizes)?);
     let (seconds, joules) = bench.decode(batch, target)?;
     bench.plan = plan;
-    let joules = joules.map_or("no meter".into(), |joules| format!("{joules:.4}"));
+    let joules = shown(joules);
     let (name, ms, ratio) = (shape.name, 1e3 * seconds, seconds / dense);
     // Of the sequence that has no room for a longer prompt, and without the room for tokens to come.
     let held = (bench.sizes.context.div_ceil(BLOCK_SIZE) * shape.layers) as f64;

@@ -66,11 +66,6 @@ impl Watched {
     pub fn position(&self) -> usize {
         self.position
     }
-
-    /// Whether both are the same token, maybe in different layers.
-    pub fn is(&self, other: &Self) -> bool {
-        (self.row, self.position) == (other.row, other.position)
-    }
 }
 
 /// See the module.

@@ -51,28 +51,31 @@ impl WatchTables {
         self.at[2] = words.len();
         words.resize(words.len() + self.stride * tokens, 0);
         self.at[3] = words.len();
-        for layer in 0..layers {
-            let listed = match self.watched[layer].len() {
+        let nexts = self.nexts(batch, route);
+        for (watched, nexts) in self.watched.iter().zip(nexts) {
+            let listed = match watched.len() {
                 0 => 0,
-                count => {
-                    if is_uniform {
-                        tokens
-                    } else {
-                        count
-                    }
-                }
+                _ if is_uniform => tokens,
+                count => count,
             };
-            let next = |token: &Watched| {
-                let watches = |&later: &usize| self.watched[later].iter().any(|other| other.is(token));
-                (layer + 1..layers).find(watches).map_or(NONE, |later| later as u32)
-            };
-            let own = self.watched[layer].iter();
-            words.extend(
-                own.flat_map(|token| [step_token(token, batch, route), token.row() as u32, next(token)]),
-            );
-            words.resize(words.len() + WATCHED_WORDS * (listed - self.watched[layer].len()), NONE);
+            for (token, next) in watched.iter().zip(nexts) {
+                words.extend([step_token(token, batch, route), token.row() as u32, next]);
+            }
+            words.resize(words.len() + WATCHED_WORDS * (listed - watched.len()), NONE);
             self.listed.push(listed);
         }
+    }
+
+    /// For each watched token of each layer, the next layer in which it is watched, found from the last layer on.
+    fn nexts(&self, batch: &StepBatch<'_>, route: &Route) -> Vec<Vec<u32>> {
+        let mut later = vec![NONE; self.tokens];
+        let mut of_layer = |(layer, tokens): (usize, &Vec<Watched>)| -> Vec<u32> {
+            let own = tokens.iter().map(|token| step_token(token, batch, route) as usize);
+            own.map(|token| std::mem::replace(&mut later[token], layer as u32)).collect()
+        };
+        let mut nexts: Vec<_> = self.watched.iter().enumerate().rev().map(&mut of_layer).collect();
+        nexts.reverse();
+        nexts
     }
 
     /// Whether some token may leave out some FFN.

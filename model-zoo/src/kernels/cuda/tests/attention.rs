@@ -15,6 +15,17 @@ pub(super) struct Case {
     pub(super) num_pages: usize,
 }
 
+/// Where attention reads: queries, the pool, and KV lengths, beginnings and pages of rows.
+pub(super) fn read_from(
+    (q, pool): (&Buffer, &Buffer),
+    [kv_len, starts, tables]: [Part; 3],
+    heads: Heads,
+) -> Places {
+    let (q, pages) = (Part::all(q), Part::all(pool));
+    let [rotary, rows, within] = [Part::NONE; 3];
+    Places { q, pages, rotary, rows, within, kv_len, starts, tables, heads }
+}
+
 impl Case {
     pub(super) fn new(heads: Heads, rows: &[(usize, usize)]) -> Self {
         let width = heads.kv * heads.dim;
@@ -125,17 +136,8 @@ impl Case {
         let buffers = lists.map(|list| words(device, &list));
         let bytes = decode_scratch(self.heads, counts[0], splits);
         let scratch = [blank(device, bytes[0]), upload(device, &vec![0; bytes[1]])];
-        let places = Places {
-            q: Part::all(&q_buffer),
-            pages: Part::all(&pool),
-            rotary: Part::NONE,
-            rows: Part::NONE,
-            within: Part::NONE,
-            kv_len: Part::all(&kv_len),
-            starts: Part::all(&starts),
-            tables: Part::all(&tables),
-            heads: self.heads,
-        };
+        let lists = [&kv_len, &starts, &tables].map(Part::all);
+        let places = read_from((&q_buffer, &pool), lists, self.heads);
         let attention = Attention {
             places,
             out: Part::all(&out),

@@ -1,7 +1,7 @@
-use super::attention::Case;
+use super::attention::{Case, read_from};
 use super::*;
 use crate::kernels::cuda::attention::{Attention, Items, decode_scratch};
-use crate::kernels::cuda::ops::{Heads, Places};
+use crate::kernels::cuda::ops::Heads;
 use crate::kernels::cuda::pruned::{Packing, key_squares, move_words, observe};
 use crate::kv_cache::{KvLayout, PackedLayout};
 
@@ -135,17 +135,7 @@ impl Pruned {
         let [kv_len, starts, tables, packed, list] = buffers.each_ref().map(Part::all);
         let bytes = decode_scratch(heads, tokens, splits);
         let scratch = [blank(device, bytes[0]), upload(device, &vec![0; bytes[1]])];
-        let places = Places {
-            q: Part::all(&q_buffer),
-            pages: Part::all(&pool),
-            rotary: Part::NONE,
-            rows: Part::NONE,
-            within: Part::NONE,
-            kv_len,
-            starts,
-            tables,
-            heads,
-        };
+        let places = read_from((&q_buffer, &pool), [kv_len, starts, tables], heads);
         let scale = 1.3 / (heads.dim as f32).sqrt();
         let scratch = scratch.each_ref().map(Part::all);
         let out_part = Part::all(&out);
