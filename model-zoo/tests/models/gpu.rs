@@ -339,7 +339,9 @@ fn a_malformed_step_and_plans_that_are_not_run_are_refused() {
 
 #[test]
 fn a_model_on_two_devices_equals_it_on_one() {
-    for name in ["llama", "gemma3", "llama-sharded"] {
+    for (name, most) in
+        [("llama", 2e-2), ("gemma3", 2e-2), ("llama-sharded", 2e-2), ("gguf/llama-q4_1.gguf", 6e-2)]
+    {
         let path = fixtures().join(name);
         let layers = load(&path, &LoadOptions::default()).unwrap().model.dims().num_layers;
         let schedule: &[&[usize]] = &[&[5, 0, 2], &[1, 37, 9], DECODE, DECODE, DECODE];
@@ -354,7 +356,7 @@ fn a_model_on_two_devices_equals_it_on_one() {
         let results: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
         for [cpu, gpu] in &results {
             let found = error(gpu, cpu);
-            assert!(found < 2e-2, "{name}: relative error {found:.2e}");
+            assert!(found < most, "{name}: relative error {found:.2e}");
         }
         assert_eq!(results[0][1], results[1][1], "{name}: both devices have the same logits");
     }

@@ -100,6 +100,23 @@ struct Barrier {
         emulate::barrier_copied(state, bytes);
 #endif
     }
+    // The same of what is read once: it makes room in the second cache first.
+    DEVICE void copy_once(void *to, const void *from, uint32_t bytes) {
+#ifdef BEFORE_HOPPER
+        __trap();
+#elif defined(__CUDACC__)
+        const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+        uint64_t policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+                "r"(shared),
+            "l"(from), "r"(bytes), "r"(address()), "l"(policy)
+            : "memory");
+#else
+        copy(to, from, bytes);
+#endif
+    }
     // Copies sixteen rows from `row` on, and TILE_GROUPS groups of 64 columns from `group` on, of a matrix to the block's
     // memory at a multiple of 1,024, as part of the present phase: TILE_BYTES bytes, zeros where the matrix has nothing.
     DEVICE void copy(void *to, const TiledMatrix &matrix, uint32_t row, uint32_t group) {

@@ -64,6 +64,18 @@ DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
 #endif
 }
 
+// Sums of pairs of bf16.
+DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+    // As a * 1 + b, which GPUs before Hopper have, too.
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return sum;
+#else
+    return pack(low(a) + low(b), high(a) + high(b));
+#endif
+}
+
 // An f16 from its bits.
 DEVICE float half_to_float(uint32_t bits) {
 #ifdef __CUDACC__
@@ -107,6 +119,8 @@ DEVICE uint2 load_once8(const void *at) {
 }
 template <class T>
 DEVICE T load(const void *at) { return *static_cast<const T *>(at); }
+
+DEVICE uint32_t word_of(const uint4 &v, uint32_t i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // From the device's memory, where the compiler cannot see that a pointer leads there.
 template <class T>

@@ -5,55 +5,7 @@
 // meanwhile: a thread of each block brings the weights of all stages, and the keys and values, in their order and as far
 // ahead as the block's memory has room. Stages do what the kernels of skinny.cuh and decode.cuh do, from the same parameters.
 #pragma once
-#include "async.cuh"
-#include "decode.cuh"
-#include "rows.cuh"
-#include "skinny.cuh"
-#include "staging.cuh"
-
-enum StageKind : uint32_t { STAGE_EMBED, STAGE_FLOAT, STAGE_ADD, STAGE_GATE, STAGE_PLACE, STAGE_ATTENTION };
-
-// What all blocks do together. Which fields count is the kind's.
-struct Stage {
-    uint32_t kind;
-    uint32_t tokens;       // of the embedding, items of attention
-    uint32_t head_groups;  // of attention: KV heads times sixteens of the query heads that share one
-    uint32_t splits;       // of attention: blocks that share the slots of one token at most
-    SkinnyParams skinny;
-    AttentionParams attention;
-    EmbedParams embed;
-    RotaryParams rotary;
-};
-
-struct alignas(64) TensorMap {
-    uint64_t words[16];
-};
-
-struct FusedParams {
-    const Stage *stages;
-    const TensorMap *maps;  // of each stage: the device's description of its weights
-    uint32_t *arrived;  // zero before the launch: how often blocks came to the end of a stage
-    uint32_t from, to;  // stages of this launch; all of them but where blocks cannot wait for each other
-    uint32_t room;      // bytes of the block's memory for activations or attention, a multiple of 1,024
-    uint32_t slots;     // pieces of weights that it has room for, up to FUSED_SLOTS
-    uint32_t ahead;     // up to `slots`: pieces that are under way at once, at most: more would only hold up what else is read
-    uint32_t pad;
-};
-
-// A piece of weights is a tile of sixteen rows and so many columns.
-constexpr uint32_t PIECE_COLS = 64 * TILE_GROUPS, PIECE = TILE_BYTES / 2;
-DEVICE bool is_product(uint32_t kind) { return kind >= STAGE_FLOAT && kind <= STAGE_PLACE; }
-
-// What a block's memory begins with; then `room` bytes, then the pieces.
-struct FusedMemory {
-    Stage stages[2];                                           // this one and the next
-    float parts[2][FUSED_WARPS][FUSED_TOKENS][SKINNY_STRIDE];  // of two tiles in turn
-    float squares[FUSED_WARPS][FUSED_TOKENS];
-    PlaceTarget targets[FUSED_TOKENS];
-    Barrier full[FUSED_SLOTS], empty[FUSED_SLOTS];
-};
-constexpr uint32_t FUSED_MEMORY = 43 * 1024;
-static_assert(sizeof(FusedMemory) <= FUSED_MEMORY, "fused.rs counts on it");
+#include "fused_fill.cuh"
 
 // Where all blocks of the grid meet between two stages.
 struct Meeting {
@@ -63,143 +15,23 @@ struct Meeting {
     DEVICE void arrive() const { ::arrive<FUSED_WARPS>(arrived); }
 };
 
-// The pieces, in the order in which they are filled and used.
-struct Ring {
-    FusedMemory &memory;
-    bf16 *pieces;
-    uint32_t slots, slot, phase;
+// Activations of the lane's token in each tile of eight tokens, in the block's memory or, `FAR`, in the device's.
+template <uint32_t TILES, bool FAR>
+struct Inputs {
+    const bf16 *rows[TILES];
 
-    DEVICE bf16 *piece() const { return pieces + slot * PIECE; }
-    DEVICE void next() {
-        if (++slot == slots) slot = 0, phase ^= 1;
+    template <class T>
+    DEVICE T at(uint32_t tile, uint32_t column) const {
+        if constexpr (FAR) return load_global<T>(rows[tile] + column);
+        else return load<T>(rows[tile] + column);
     }
 };
 
-// A block's share of the attention of one token. Slots that lay there before the step come through the ring, in units of
-// sixteen; of the others, the last unit's, each warp reads what it needs itself.
-template <int D, bool PACKED>
-struct FusedJob : Attended {
-    static constexpr uint32_t UNIT = 2 * 16 * D, UNITS = PIECE / UNIT;  // values of a unit, and units of a piece
-
-    uint32_t head_group, split, splits;
-    uint32_t first, last, whole;  // units; those before `whole` are in the ring
-    bool idle;
-
-    DEVICE void read(const Stage &stage, uint32_t index) {
-        const AttentionParams &p = stage.attention;
-        const uint32_t at = index / stage.splits;
-        split = index % stage.splits, head_group = at % stage.head_groups;
-        idle = !Attended::read<PACKED>(p, at / stage.head_groups, head_group);
-        if (idle) return;
-        const uint32_t most = shared_by(stage.splits), share = (units() + most - 1) / most;
-        splits = (units() + share - 1) / share;
-        idle = split >= splits;
-        first = begin / 16 + split * share, last = min(first + share, begin / 16 + units());
-        whole = max(first, min(last, held / 16));
-    }
-    // Of a unit that is not packed, whose page is one of units.
-    DEVICE const bf16 *keys(const AttentionParams &p, uint32_t unit) const {
-        return p.pages + (static_cast<size_t>(page_at(unit)) * 2 * p.kv_heads + kv_head) * 16 * D;
-    }
-    DEVICE static size_t to_values(const AttentionParams &p) { return static_cast<size_t>(p.kv_heads) * 16 * D; }
-    // Values of units `unit..end` in the ring.
-    DEVICE uint32_t size(uint32_t unit, uint32_t end) const {
-        const uint32_t pruned = PACKED && unit < packed ? min(end, packed) - unit : 0;
-        return (end - unit) * UNIT - pruned * 16 * (D - kept);
-    }
-};
-
-DEVICE void copy_run(Barrier &full, bf16 *to, const Run &run, uint32_t values) {
-    const uint32_t near = min(run.cut, values);
-    full.copy(to, run.first, near * 2);
-    if (near < values) full.copy(to + near, run.second + near, (values - near) * 2);
-}
-
-// The way through the ring of who copies: one lane, or, `WIDE`, a whole warp, all of whose lanes know where it is.
-template <bool WIDE>
-struct Filling {
-    Ring ring, oldest;      // `oldest` is the first piece that may still be under way
-    uint32_t asked, ahead;  // pieces that were asked for, and how many may be under way
-
-    DEVICE static bool leads() { return !WIDE || threadIdx.x % 32 == 0; }
-    // Waits for room for the next piece, of `bytes` bytes, and has `copy` bring it.
-    template <class Copy>
-    DEVICE void next(uint32_t bytes, Copy copy) {
-        if (++asked > ahead) {
-            ring.memory.full[oldest.slot].wait(oldest.phase);
-            oldest.next();
-        }
-        ring.memory.empty[ring.slot].wait(ring.phase ^ 1);
-        if (leads()) ring.memory.full[ring.slot].announce(bytes);
-        if (WIDE) __syncwarp();
-        copy(ring.memory.full[ring.slot], ring.piece());
-        ring.next();
-    }
-};
-
-// Brings the slots of the block's share of attention that lay there before the step.
-template <int D, bool PACKED>
-DEVICE void fused_fill_slots(const Stage &stage, Filling<PACKED> &filling) {
-    using Job = FusedJob<D, PACKED>;
-    static_assert(2 * Job::UNITS <= 32, "a lane for each copy");
-    const AttentionParams &p = stage.attention;
-    for (uint32_t i = blockIdx.x; i < stage.tokens * stage.head_groups * stage.splits; i += gridDim.x) {
-        Job job = {};
-        job.read(stage, i);
-        if (job.idle) continue;
-        for (uint32_t unit = job.first; unit < job.whole; unit += Job::UNITS) {
-            const uint32_t end = min(unit + Job::UNITS, job.whole);
-            if constexpr (PACKED) {
-                // Each lane brings a unit's keys or values, and knows from where before there is room for them.
-                const uint32_t own = unit + threadIdx.x % 32 / 2, values = threadIdx.x % 2;
-                const bool pruned = own < job.packed;
-                Run run = {nullptr, nullptr, 0xFFFFFFFFu};
-                if (own < end && pruned) {
-                    const PackedPlace place = job.template packed_place<D>(p, own);
-                    run = values ? job.template packed_values<D>(p, place) : job.template packed_keys<D>(p, place);
-                } else if (own < end) {
-                    run.first = job.keys(p, own) + (values ? Job::to_values(p) : 0);
-                }
-                filling.next(job.size(unit, end) * 2, [&](Barrier &full, bf16 *piece) {
-                    piece += (own - unit) * Job::UNIT + values * 16 * D;
-                    if (own < end) copy_run(full, piece, run, 16 * (pruned && !values ? job.kept : D));
-                });
-            } else {
-                filling.next((end - unit) * Job::UNIT * 2, [&](Barrier &full, bf16 *piece) {
-                    for (uint32_t u = 0; u < end - unit; u++) {
-                        const bf16 *keys = job.keys(p, unit + u);
-                        full.copy(piece + u * Job::UNIT, keys, Job::UNIT);
-                        full.copy(piece + u * Job::UNIT + 16 * D, keys + Job::to_values(p), Job::UNIT);
-                    }
-                });
-            }
-        }
-    }
-}
-
-// Brings all weights of the block's tiles and all of its slots, stage by stage, in the order in which they are used: by one
-// lane, which is fastest for weights, or where slots are packed by the whole warp.
-template <int D, bool PACKED>
-DEVICE void fused_fill(const FusedParams &p, Ring ring) {
-    Filling<PACKED> filling = {ring, ring, 0, p.ahead};
-    if (!PACKED && threadIdx.x % 32 != 0) return;
-    for (uint32_t s = p.from; s < p.to; s++) {
-        const Stage &stage = p.stages[s];
-        if (stage.kind == STAGE_ATTENTION) fused_fill_slots<D, PACKED>(stage, filling);
-        if (!is_product(stage.kind)) continue;
-        const TiledMatrix matrix = {p.maps + s, stage.skinny.weight, stage.skinny.rows, stage.skinny.cols};
-        for (uint32_t row = blockIdx.x * 16; row < matrix.rows; row += gridDim.x * 16)
-            for (uint32_t group = 0; group * 64 < matrix.cols; group += TILE_GROUPS)
-                filling.next(TILE_BYTES, [&](Barrier &full, bf16 *piece) {
-                    if (filling.leads()) full.copy(piece, matrix, row, group);
-                });
-    }
-}
-
-// A piece of weights times the activations of tokens from the piece's first column on, which `x` loads by tile of eight
-// tokens and column; even and odd products gather apart, for they wait for each other.
-template <uint32_t TILES, class Load>
-DEVICE void fused_piece(float (&c)[TILES][2][4], const bf16 *piece, uint32_t cols, Load x) {
+// A piece of weights times the activations of tokens from column `first` on; even and odd products gather apart, for they
+// wait for each other.
+template <uint32_t TILES, bool FAR>
+DEVICE void fused_piece(float (&c)[TILES][2][4], const bf16 *piece, uint32_t first, uint32_t cols,
+                        const Inputs<TILES, FAR> &x) {
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (uint32_t ahead = 0; ahead < PIECE_COLS; ahead += FUSED_WARPS * 32) {
@@ -209,7 +41,7 @@ DEVICE void fused_piece(float (&c)[TILES][2][4], const bf16 *piece, uint32_t col
         const uint4 b = load<uint4>(piece + tile_place(g + 8, base + 8 * t));
 #pragma unroll
         for (uint32_t tile = 0; tile < TILES; tile++) {
-            const uint4 v = x(tile, base + 8 * t);
+            const uint4 v = x.template at<uint4>(tile, first + base + 8 * t);
             mma(c[tile][0], {a.x, b.x, a.y, b.y}, {v.x, v.y});
             mma(c[tile][1], {a.z, b.z, a.w, b.w}, {v.z, v.w});
         }
@@ -271,10 +103,46 @@ DEVICE void fused_finish(const Stage &stage, const FusedMemory &memory, uint32_t
     }
 }
 
-// The block's tiles of a product, and what follows it. `x` loads eight activations of the lane's token in a tile of eight
-// tokens, by their column.
-template <uint32_t TILES, class Load>
-DEVICE void fused_tiles(const Stage &stage, Ring &ring, Load x) {
+// The tile of sixteen rows from `row` on, in bf16.
+template <uint32_t TILES, bool FAR>
+DEVICE void fused_tile(float (&c)[TILES][2][4], uint32_t cols, Ring &ring, const Inputs<TILES, FAR> &x) {
+    for (uint32_t base = 0; base < cols; base += PIECE_COLS, ring.next()) {
+        ring.memory.full[ring.slot].wait(ring.phase);
+        fused_piece<TILES, FAR>(c, ring.piece(), base, min(PIECE_COLS, cols - base), x);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ring.memory.empty[ring.slot].arrive();
+    }
+}
+
+// The same of quantized weights: units go to the warps in turn.
+template <uint32_t TILES, bool FAR>
+DEVICE void fused_units(float (&c)[TILES][2][4], uint32_t cols, uint32_t format, Ring &ring, const Inputs<TILES, FAR> &x) {
+    const uint32_t units = units_of(cols), piece_of = piece_units(format, units);
+    float sums[TILES][4] = {};
+    with_format(format, [&](auto unit) {
+        uint32_t mine = threadIdx.x / 32;
+        for (uint32_t first = 0; first < units; first += piece_of, ring.next()) {
+            const uint32_t end = min(first + piece_of, units);
+            ring.memory.full[ring.slot].wait(ring.phase);
+            const unsigned char *piece = reinterpret_cast<const unsigned char *>(ring.piece());
+            for (; mine < end; mine += FUSED_WARPS) {
+                unit.fetch(piece + (mine - first) * unit_bytes(unit.OWN), [](const unsigned char *at) { return load<uint4>(at); });
+                unit.template multiply<TILES>(
+                    sums, [&](uint32_t tile, uint32_t column) { return x.template at<uint2>(tile, mine * 64 + column); });
+            }
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) ring.memory.empty[ring.slot].arrive();
+        }
+    });
+#pragma unroll
+    for (uint32_t tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (uint32_t e = 0; e < 4; e++) c[tile][0][e] = sums[tile][e];
+}
+
+// The block's tiles of a product, and what follows it.
+template <bool QUANTIZED, uint32_t TILES, bool FAR>
+DEVICE void fused_tiles(const Stage &stage, Ring &ring, const Inputs<TILES, FAR> &x) {
     FusedMemory &memory = ring.memory;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t cols = stage.skinny.cols, rows = stage.skinny.rows;
@@ -282,13 +150,8 @@ DEVICE void fused_tiles(const Stage &stage, Ring &ring, Load x) {
     for (uint32_t row = blockIdx.x * 16; row < rows; row += gridDim.x * 16, turn ^= 1) {
         const Pair pair = fused_pair(stage, row);
         float c[TILES][2][4] = {};
-        for (uint32_t base = 0; base < cols; base += PIECE_COLS, ring.next()) {
-            memory.full[ring.slot].wait(ring.phase);
-            fused_piece<TILES>(c, ring.piece(), min(PIECE_COLS, cols - base),
-                               [&](uint32_t tile, uint32_t column) { return x(tile, base + column); });
-            __syncwarp();
-            if (lane == 0) memory.empty[ring.slot].arrive();
-        }
+        if (QUANTIZED && stage.quantized.count != 0) fused_units(c, cols, stage.quantized.part(row).format, ring, x);
+        else fused_tile(c, cols, ring, x);
 #pragma unroll
         for (uint32_t tile = 0; tile < TILES; tile++) {
             float *part = &memory.parts[turn][warp][8 * tile + 2 * t][g];
@@ -303,27 +166,28 @@ DEVICE void fused_tiles(const Stage &stage, Ring &ring, Load x) {
     }
 }
 
-template <uint32_t TILES>
+template <bool QUANTIZED, uint32_t TILES>
 DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, bool close) {
     const SkinnyParams &p = stage.skinny;
     const uint32_t g = threadIdx.x % 32 / 4, cols = p.cols, most = p.tokens - 1;
     // Where there is no token the last one stands in: nobody looks at its result.
     if (close) {
         const uint32_t stride = normed_stride(cols);
-        const bf16 *x[TILES];
+        Inputs<TILES, false> x;
 #pragma unroll
-        for (uint32_t tile = 0; tile < TILES; tile++) x[tile] = staged + min(8 * tile + g, most) * stride;
-        fused_tiles<TILES>(stage, ring, [&](uint32_t tile, uint32_t column) { return load<uint4>(x[tile] + column); });
+        for (uint32_t tile = 0; tile < TILES; tile++) x.rows[tile] = staged + min(8 * tile + g, most) * stride;
+        fused_tiles<QUANTIZED>(stage, ring, x);
     } else {
-        const bf16 *x[TILES];
+        Inputs<TILES, true> x;
 #pragma unroll
         for (uint32_t tile = 0; tile < TILES; tile++)
-            x[tile] = static_cast<const bf16 *>(p.x) + static_cast<size_t>(min(8 * tile + g, most)) * cols;
-        fused_tiles<TILES>(stage, ring, [&](uint32_t tile, uint32_t column) { return load_global<uint4>(x[tile] + column); });
+            x.rows[tile] = static_cast<const bf16 *>(p.x) + static_cast<size_t>(min(8 * tile + g, most)) * cols;
+        fused_tiles<QUANTIZED>(stage, ring, x);
     }
 }
 
 // A product and what follows it.
+template <bool QUANTIZED>
 DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t room) {
     const SkinnyParams &p = stage.skinny;
     if (blockIdx.x * 16 >= p.rows) return;
@@ -331,9 +195,9 @@ DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t
     const bool norms = p.norm != nullptr, close = norms || (p.cols >= 2048 && 2 * p.tokens * normed_stride(p.cols) <= room);
     if (norms) fused_norm(p, staged, ring.memory.squares);
     else if (close) fused_stage(p, staged);
-    if (p.tokens <= 8) fused_product<1>(stage, ring, staged, close);
-    else if (p.tokens <= 16) fused_product<2>(stage, ring, staged, close);
-    else fused_product<4>(stage, ring, staged, close);
+    if (p.tokens <= 8) fused_product<QUANTIZED, 1>(stage, ring, staged, close);
+    else if (p.tokens <= 16) fused_product<QUANTIZED, 2>(stage, ring, staged, close);
+    else fused_product<QUANTIZED, 4>(stage, ring, staged, close);
 }
 
 // The units of the block's share: those in the ring, then the others.
@@ -425,7 +289,7 @@ DEVICE void copy_stage(Stage &to, const Stage *from) {
         reinterpret_cast<uint32_t *>(&to)[i] = reinterpret_cast<const uint32_t *>(from)[i];
 }
 
-template <int D, bool PACKED>
+template <int D, bool PACKED, bool QUANTIZED>
 DEVICE void fused_step(const FusedParams &p) {
     SHARED(unsigned char, bytes);
     FusedMemory &memory = *reinterpret_cast<FusedMemory *>(bytes);
@@ -437,7 +301,7 @@ DEVICE void fused_step(const FusedParams &p) {
     }
     __syncthreads();
     if (threadIdx.x / 32 == FUSED_WARPS) {
-        fused_fill<D, PACKED>(p, ring);
+        fused_fill<D, PACKED, QUANTIZED>(p, ring);
         return;
     }
     copy_stage(memory.stages[p.from % 2], p.stages + p.from);
@@ -456,23 +320,23 @@ DEVICE void fused_step(const FusedParams &p) {
                     place_target(product.place, product.index != nullptr ? product.index[threadIdx.x] : threadIdx.x);
             meeting.await();
             if (stage.kind == STAGE_EMBED) fused_embed(stage);
-            else fused_product(stage, ring, reinterpret_cast<bf16 *>(room), p.room);
+            else fused_product<QUANTIZED>(stage, ring, reinterpret_cast<bf16 *>(room), p.room);
         }
         if (s + 1 < p.to) meeting.arrive();
     }
 }
 
-#define FUSED(name, D, packed) \
-    KERNEL(fused_step_##name, FusedParams, FUSED_THREADS, 1) { fused_step<D, packed>(p); }
+#define FUSED(name, D, packed, quantized) \
+    KERNEL(fused_step_##name, FusedParams, FUSED_THREADS, 1) { fused_step<D, packed, quantized>(p); }
+// Rows may have packed slots or not, and the model quantized weights or not: who has neither pays for neither.
+#define FUSED_OF(D)                                   \
+    FUSED(D, D, false, false)                         \
+    FUSED(packed_##D, D, true, false)                 \
+    FUSED(quantized_##D, D, false, true)              \
+    FUSED(packed_quantized_##D, D, true, true)
 
-FUSED(16, 16, false)
-FUSED(32, 32, false)
-FUSED(64, 64, false)
-FUSED(96, 96, false)
-FUSED(128, 128, false)
-// Where rows may have packed slots.
-FUSED(packed_16, 16, true)
-FUSED(packed_32, 32, true)
-FUSED(packed_64, 64, true)
-FUSED(packed_96, 96, true)
-FUSED(packed_128, 128, true)
+FUSED_OF(16)
+FUSED_OF(32)
+FUSED_OF(64)
+FUSED_OF(96)
+FUSED_OF(128)

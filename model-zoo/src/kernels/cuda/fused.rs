@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::attention::{Attention, Items, join_memory};
 use super::device::{Buffer, Device, Graph, Launch, Part, TileMap};
-use super::ops::{After, Heads, Matrix, Norm, Tokens, embed_params, need, rotary_params, skinny_params};
+use super::ops::{After, Heads, Norm, Tokens, embed_params, need, rotary_params, skinny_params};
 use super::params::{FusedParams, StageParams};
+use super::quantized::Operand;
 use crate::{Result, ZooError};
 
 /// Most tokens of a step.
@@ -15,14 +16,20 @@ pub const FUSED_TOKENS: usize = 32;
 /// Slots of a page: units of sixteen are copied whole.
 pub const FUSED_BLOCK: usize = 16;
 
-/// Channels of heads that it is compiled for: steps without packed slots, and those with.
-const KERNELS: [(usize, [&str; 2]); 5] = [
-    (16, ["fused_step_16", "fused_step_packed_16"]),
-    (32, ["fused_step_32", "fused_step_packed_32"]),
-    (64, ["fused_step_64", "fused_step_packed_64"]),
-    (96, ["fused_step_96", "fused_step_packed_96"]),
-    (128, ["fused_step_128", "fused_step_packed_128"]),
-];
+/// Channels of heads that it is compiled for: models without quantized weights, and those with; of each steps without
+/// packed slots, and those with.
+macro_rules! kernels {
+    ($($dim:literal),*) => {
+        [$((
+            $dim,
+            [
+                [concat!("fused_step_", $dim), concat!("fused_step_packed_", $dim)],
+                [concat!("fused_step_quantized_", $dim), concat!("fused_step_packed_quantized_", $dim)],
+            ],
+        )),*]
+    };
+}
+const KERNELS: [(usize, [[&str; 2]; 2]); 5] = kernels![16, 32, 64, 96, 128];
 
 /// Warps that compute, and threads of a block: one more warp copies.
 const WARPS: usize = 8;
@@ -36,6 +43,8 @@ const MOST_PIECES: usize = 12;
 /// Fewer pieces do not bridge the meetings of blocks: launches of their own are faster then.
 const LEAST_PIECES: usize = 4;
 const AHEAD: usize = 3;
+/// Pieces of quantized weights are smaller.
+const QUANTIZED_AHEAD: usize = 6;
 /// Bytes of activations that are brought to a block's memory because they are read often.
 const STAGED: usize = 64 << 10;
 /// Parts that joining takes at most.
@@ -57,7 +66,9 @@ enum Kind {
 #[derive(Debug)]
 pub struct Program<'a> {
     device: &'a Arc<dyn Device>,
-    kernel: &'static str,
+    /// Of models without quantized weights, and with.
+    kernels: [&'static str; 2],
+    quantized: bool,
     stages: Vec<StageParams>,
     maps: Vec<TileMap>,
     /// Bytes of a block's memory for activations or attention.
@@ -88,8 +99,8 @@ impl<'a> Program<'a> {
     pub fn new(device: &'a Arc<dyn Device>, (dim, packed): (usize, bool)) -> Result<Self> {
         let kernel = KERNELS.iter().find(|(own, _)| *own == dim);
         let unknown = || ZooError::Device(format!("no joint kernel for heads of {dim} channels"));
-        let kernel = kernel.ok_or_else(unknown)?.1[usize::from(packed)];
-        Ok(Self { device, kernel, stages: Vec::new(), maps: Vec::new(), room: 0 })
+        let kernels = kernel.ok_or_else(unknown)?.1.map(|kernels| kernels[usize::from(packed)]);
+        Ok(Self { device, kernels, quantized: false, stages: Vec::new(), maps: Vec::new(), room: 0 })
     }
 
     fn push(&mut self, stage: StageParams, map: TileMap) {
@@ -103,7 +114,7 @@ impl<'a> Program<'a> {
     /// [`ZooError::Device`]; so for all that follow.
     pub fn embed(
         &mut self,
-        ((table, tokens), (x, width), scale): ((Part, Part), (Part, usize), f32),
+        ((table, tokens), (x, width), scale): ((&Operand<'_>, Part), (Part, usize), f32),
         (frequencies, positions, turns): ((Part, f32), Part, Part),
         count: usize,
     ) -> Result<()> {
@@ -114,6 +125,7 @@ impl<'a> Program<'a> {
             rotary: rotary_params(frequencies, (positions, count), turns)?,
             ..bytemuck::Zeroable::zeroed()
         };
+        self.quantized |= matches!(table, Operand::Quantized(_));
         self.push(stage, [0; 16]);
         Ok(())
     }
@@ -124,7 +136,7 @@ impl<'a> Program<'a> {
     /// As [`Program::embed`].
     pub fn product(
         &mut self,
-        matrix: &Matrix,
+        matrix: &Operand<'_>,
         (x, tokens, norm): (Part, Tokens, Option<Norm>),
         after: After,
     ) -> Result<()> {
@@ -135,13 +147,24 @@ impl<'a> Program<'a> {
             After::Place(_) => Kind::Place as u32,
             After::Half(_) => return Err(ZooError::Device("a stage that only stores halves".into())),
         };
-        let bytes = normed_bytes(tokens.count, matrix.cols);
+        let mut stage = StageParams { kind, ..bytemuck::Zeroable::zeroed() };
+        let mut map = [0; 16];
+        match matrix {
+            Operand::Dense(matrix) => {
+                stage.skinny = skinny_params(matrix, (x, tokens, norm), after)?;
+                map = self.device.tile_map(matrix.weight, matrix.rows, matrix.cols)?;
+            }
+            Operand::Quantized(matrix) => {
+                stage.skinny = matrix.skinny((x, tokens, norm), after)?;
+                stage.quantized = matrix.params()?;
+                self.quantized = true;
+            }
+        }
+        let bytes = normed_bytes(tokens.count, stage.skinny.cols as usize);
         if norm.is_some() || bytes <= STAGED {
             self.room = self.room.max(bytes);
         }
-        let skinny = skinny_params(matrix, (x, tokens, norm), after)?;
-        let map = self.device.tile_map(matrix.weight, matrix.rows, matrix.cols)?;
-        self.push(StageParams { kind, skinny, ..bytemuck::Zeroable::zeroed() }, map);
+        self.push(stage, map);
         Ok(())
     }
 
@@ -192,7 +215,8 @@ impl<'a> Program<'a> {
         self.device.upload(part.slice(maps, part.len() - maps)?, bytemuck::cast_slice(&self.maps))?;
         Ok(FusedStep {
             device: Arc::clone(self.device),
-            kernel: self.kernel,
+            kernel: self.kernels[usize::from(self.quantized)],
+            ahead: if self.quantized { QUANTIZED_AHEAD } else { AHEAD }.min(slots),
             count: self.stages.len() as u32,
             maps: part.slice(maps, part.len() - maps)?,
             buffer,
@@ -214,6 +238,7 @@ pub struct FusedStep {
     arrived: Part,
     room: usize,
     slots: usize,
+    ahead: usize,
 }
 
 impl FusedStep {
@@ -226,7 +251,7 @@ impl FusedStep {
             to,
             room: self.room as u32,
             slots: self.slots as u32,
-            ahead: AHEAD.min(self.slots) as u32,
+            ahead: self.ahead as u32,
             pad: 0,
         };
         let launch = Launch {

@@ -3,11 +3,15 @@
 
 #include "place.cuh"
 
+#include "quantized.cuh"
+
 #include "ffn.cuh"
 
 #include "skinny.cuh"
 
 #include "rows.cuh"
+
+#include "quantized_few.cuh"
 
 #include "decode.cuh"
 

@@ -17,6 +17,7 @@ pub mod ops;
 mod page_tables;
 mod params;
 pub mod pruned;
+pub mod quantized;
 pub mod sampling;
 pub mod stack;
 mod step_rows;

@@ -9,6 +9,7 @@ use super::params::{
     ActivateParams, AddParams, EmbedParams, NormParams, PlaceParams, PlaceRowsParams, PutParams,
     RotaryParams, SkinnyParams,
 };
+use super::quantized::Operand;
 use crate::config::Activation;
 use crate::{Result, ZooError};
 
@@ -160,13 +161,13 @@ fn activation(kind: Activation) -> u32 {
     }
 }
 
-/// `x[token] = scale · table[tokens[token]]`: `[vocab, width]` bf16 to `[count, width]` f32.
+/// `x[token] = scale · table[tokens[token]]`: `[vocab, width]` to `[count, width]` f32.
 ///
 /// # Errors
 /// [`ZooError::Device`].
 pub fn embed(
     device: &dyn Device,
-    (table, tokens): (Part, Part),
+    (table, tokens): (&Operand<'_>, Part),
     (x, count, width): (Part, usize, usize),
     scale: f32,
 ) -> Result<()> {
@@ -175,14 +176,15 @@ pub fn embed(
 }
 
 pub(super) fn embed_params(
-    (table, tokens): (Part, Part),
+    (table, tokens): (&Operand<'_>, Part),
     (x, count, width): (Part, usize, usize),
     scale: f32,
 ) -> Result<EmbedParams> {
     need("tokens", tokens, 4 * count)?;
     need("x", x, 4 * count * width)?;
+    let (table, format) = table.table()?;
     let (table, tokens, x) = (table.pointer(), tokens.pointer(), x.pointer());
-    Ok(EmbedParams { table, tokens, x, width: width as u32, scale })
+    Ok(EmbedParams { table, tokens, x, width: width as u32, scale, format, pad: 0 })
 }
 
 /// `x[tokens[i]] = rows[i]`, f32 `[count, width]` to rows of the step.

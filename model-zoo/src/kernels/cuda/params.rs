@@ -34,7 +34,11 @@ params! {
         weight: Pointer, x: Pointer, norm: Pointer, bias: Pointer, out: Pointer, index: Pointer, rows: u32,
         cols: u32, tokens: u32, activation: u32, eps: f32, pad: u32, skips: SkipParams, place: PlaceParams,
     }
-    EmbedParams { table: Pointer, tokens: Pointer, x: Pointer, width: u32, scale: f32 }
+    QuantizedPartParams { units: Pointer, first_row: u32, format: u32 }
+    QuantizedMatrixParams { parts: [QuantizedPartParams; 3], count: u32, pad: u32 }
+    QuantizedParams { skinny: SkinnyParams, matrix: QuantizedMatrixParams, after: u32, pad: u32 }
+    QuantizedWholeParams { out: Pointer, rows: u32, cols: u32, matrix: QuantizedMatrixParams }
+    EmbedParams { table: Pointer, tokens: Pointer, x: Pointer, width: u32, scale: f32, format: u32, pad: u32 }
     PutParams { rows: Pointer, tokens: Pointer, x: Pointer, width: u32, pad: u32 }
     RotaryParams { frequencies: Pointer, positions: Pointer, table: Pointer, half: u32, magnitude: f32 }
     NormParams { x: Pointer, index: Pointer, weight: Pointer, out: Pointer, width: u32, eps: f32 }
@@ -57,8 +61,8 @@ params! {
         window: u32, scale: f32, layer: u32,
     }
     StageParams {
-        kind: u32, tokens: u32, head_groups: u32, splits: u32, skinny: SkinnyParams, attention: AttentionParams,
-        embed: EmbedParams, rotary: RotaryParams,
+        kind: u32, tokens: u32, head_groups: u32, splits: u32, skinny: SkinnyParams,
+        quantized: QuantizedMatrixParams, attention: AttentionParams, embed: EmbedParams, rotary: RotaryParams,
     }
     FusedParams {
         stages: Pointer, maps: Pointer, arrived: Pointer, from: u32, to: u32, room: u32, slots: u32, ahead: u32,

@@ -3,18 +3,26 @@
 #include "common.cuh"
 #include "ffn.cuh"
 #include "place.cuh"
+#include "quantized.cuh"
 
 struct EmbedParams {
-    const bf16 *table;      // [vocab, width]
+    const void *table;      // [vocab, width], in `format`
     const uint32_t *tokens; // [tokens]
     float *x;               // [tokens, width]
     uint32_t width;
     float scale;
+    uint32_t format, pad;
 };
 
 DEVICE void embed_one(const EmbedParams &p, uint32_t token, uint32_t i) {
-    const bf16 value = p.table[static_cast<size_t>(p.tokens[token]) * p.width + i];
-    p.x[static_cast<size_t>(token) * p.width + i] = p.scale * to_float(value);
+    const uint32_t row = p.tokens[token];
+    float value;
+    if (p.format == WEIGHT_BF16) {
+        value = to_float(static_cast<const bf16 *>(p.table)[static_cast<size_t>(row) * p.width + i]);
+    } else {
+        value = quantized_weight({static_cast<const unsigned char *>(p.table), 0, p.format}, p.width, row, i);
+    }
+    p.x[static_cast<size_t>(token) * p.width + i] = p.scale * value;
 }
 
 // x[token] = scale * table[tokens[token]]; one block a token.

@@ -64,7 +64,6 @@ DEVICE const StackPart &stack_part(const StackPart (&parts)[3], uint32_t count, 
     return count > 1 && block >= parts[1].first_block ? parts[1] : parts[0];
 }
 
-DEVICE uint32_t word_of(const uint4 &v, uint32_t i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // A tile of sixteen rows and sixteen columns, without its signs: c[h] is that of eight columns.
 template <uint32_t UNITS>

@@ -26,11 +26,11 @@ impl GpuDecoder {
         let mut program = Program::new(&self.device, (step.heads.dim, self.tables.is_packed()))?;
         let (tables, scratch, count) = (&self.tables, &self.scratch, self.tables.num_tokens());
         let x = Part::all(&scratch.x);
-        let embedding = Part::all(&self.weights.embedding.weight);
+        let embedding = self.weights.embedding.operand()?;
         let [rotary, _] = &self.weights.rotary;
         let (frequencies, magnitude) = rotary.as_ref().map_or((Part::NONE, 1.0), |(f, m)| (Part::all(f), *m));
         program.embed(
-            ((embedding, tables.token_ids()?), (x, self.config.hidden_size), self.config.embedding_scale),
+            ((&embedding, tables.token_ids()?), (x, self.config.hidden_size), self.config.embedding_scale),
             ((frequencies, magnitude), tables.positions()?, Part::all(&scratch.rotary[0])),
             count,
         )?;
@@ -39,7 +39,7 @@ impl GpuDecoder {
             self.fuse_ffn(&mut program, layer)?;
         }
         if step.whole {
-            let head = self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding).matrix();
+            let head = self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding).operand()?;
             let norm = Some(self.norm(&self.weights.norm));
             let logits = After::Float(Part::all(&scratch.logits));
             program.product(&head, (x, tables.logits(0..count)?, norm), logits)?;
@@ -55,10 +55,10 @@ impl GpuDecoder {
         }
         let (x, attention) = (Part::all(&scratch.x), self.attention_of(step, layer)?);
         let norm = Some(self.norm(&weights.attention_norm));
-        program.product(&weights.qkv.matrix(), (x, tokens, norm), After::Place(attention.places))?;
+        program.product(&weights.qkv.operand()?, (x, tokens, norm), After::Place(attention.places))?;
         let [single, _] = self.tables.items(layer)?;
         program.attention(&attention, single)?;
-        program.product(&weights.o.matrix(), (attention.out, tokens, None), After::Add(x))
+        program.product(&weights.o.operand()?, (attention.out, tokens, None), After::Add(x))
     }
 
     fn fuse_ffn(&self, program: &mut Program<'_>, layer: usize) -> Result<()> {
@@ -70,7 +70,7 @@ impl GpuDecoder {
         let (x, gated) = (Part::all(&scratch.x), Part::all(&scratch.gated));
         let norm = Some(self.norm(&weights.ffn_norm));
         let gate = After::Gate(gated, self.config.activation);
-        program.product(&weights.gate_up.matrix(), (x, tokens, norm), gate)?;
-        program.product(&weights.down.matrix(), (gated, tokens, None), After::Add(x))
+        program.product(&weights.gate_up.operand()?, (x, tokens, norm), gate)?;
+        program.product(&weights.down.operand()?, (gated, tokens, None), After::Add(x))
     }
 }

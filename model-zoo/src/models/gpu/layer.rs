@@ -7,9 +7,10 @@ use crate::compression::Sublayer;
 use crate::kernels::cuda::device::{Output, Part};
 use crate::kernels::cuda::ffn::Skips;
 use crate::kernels::cuda::ops::{
-    After, Matrix, Norm, SKINNY_TOKENS, Tokens, activate_rows, add_rows, place_rows, product, rms_norm,
-    skinny,
+    After, Matrix, Norm, Places, SKINNY_TOKENS, Tokens, activate_rows, add_rows, place_rows, product,
+    rms_norm, skinny,
 };
+use crate::kernels::cuda::quantized::few;
 
 impl GpuDecoder {
     /// `x += o(attention(norm(x)))`, writing K and V of the layer's tokens.
@@ -20,24 +21,15 @@ impl GpuDecoder {
             return Ok(());
         }
         let attention = self.attention_of(step, layer)?;
-        let (qkv, norm) = (weights.qkv.matrix(), self.norm(&weights.attention_norm));
-        let x = Part::all(&scratch.x);
+        let norm = self.norm(&weights.attention_norm);
         let norms = weights.qk_norm.as_ref().map(|norms| norms.each_ref().map(|norm| self.norm(norm)));
-        let few = tokens.count <= SKINNY_TOKENS;
         if let Some(qkv) = self.in_levels(&weights.qkv) {
             self.place_by_levels(qkv, (tokens, norm), (norms, &attention.places))?;
-        } else if few && norms.is_none() {
-            skinny(device, &qkv, (x, tokens, Some(norm)), After::Place(attention.places))?;
+        } else if let Some(qkv) = self.few_quantized(&weights.qkv, tokens) {
+            self.place_quantized(&qkv, (tokens, norm), (norms, &attention.places))?;
         } else {
-            let wide = Part::all(&scratch.wide);
-            let bias = if few {
-                skinny(device, &qkv, (x, tokens, Some(norm)), After::Half(wide))?;
-                Part::NONE
-            } else {
-                self.normed_product(&qkv, (tokens, norm), (wide, Output::Half))?;
-                qkv.bias
-            };
-            place_rows(device, (wide, bias, tokens), norms, &attention.places)?;
+            let qkv = self.whole(&weights.qkv)?;
+            self.place(&qkv, (tokens, norm), (norms, &attention.places))?;
         }
         self.pruned.observe(device, (attention.places.q, step.heads), (&self.tables, layer))?;
         let [single, several] = self.tables.items(layer)?;
@@ -45,6 +37,28 @@ impl GpuDecoder {
         attention.prefill(device, several)?;
         let post = weights.post_norms.as_ref().map(|[after, _]| self.norm(after));
         self.project(&weights.o, (Part::all(&scratch.mixed), tokens), post)
+    }
+
+    /// The joint Q, K and V product of `norm(x)`, its heads normed and turned, to where it belongs.
+    fn place(
+        &self,
+        qkv: &Matrix,
+        (tokens, norm): (Tokens, Norm),
+        (norms, places): (Option<[Norm; 2]>, &Places),
+    ) -> Result<()> {
+        let (device, x, wide) = (&*self.device, Part::all(&self.scratch.x), Part::all(&self.scratch.wide));
+        let few = tokens.count <= SKINNY_TOKENS;
+        if few && norms.is_none() {
+            return skinny(device, qkv, (x, tokens, Some(norm)), After::Place(*places));
+        }
+        let bias = if few {
+            skinny(device, qkv, (x, tokens, Some(norm)), After::Half(wide))?;
+            Part::NONE
+        } else {
+            self.normed_product(qkv, (tokens, norm), (wide, Output::Half))?;
+            qkv.bias
+        };
+        place_rows(device, (wide, bias, tokens), norms, places)
     }
 
     /// `x += down(act(gate(norm(x))) · up(norm(x)))`, but for tokens that leave it out.
@@ -68,7 +82,7 @@ impl GpuDecoder {
 
     fn gated(&self, layer: usize, mut tokens: Tokens) -> Result<()> {
         let (device, scratch, weights) = (&*self.device, &self.scratch, &self.weights.layers[layer]);
-        let (gate_up, norm) = (weights.gate_up.matrix(), self.norm(&weights.ffn_norm));
+        let norm = self.norm(&weights.ffn_norm);
         let (gated, activation) = (Part::all(&scratch.gated), self.config.activation);
         let post = weights.post_norms.as_ref().map(|[_, after]| self.norm(after));
         if !self.adds_at_once(post.as_ref()) {
@@ -77,10 +91,13 @@ impl GpuDecoder {
         }
         if let Some(gate_up) = self.in_levels(&weights.gate_up) {
             self.gate_by_levels(gate_up, (tokens, norm), (gated, activation))?;
+        } else if let Some(gate_up) = self.few_quantized(&weights.gate_up, tokens) {
+            self.gate_quantized(&gate_up, (tokens, norm), (gated, activation))?;
         } else if tokens.count <= SKINNY_TOKENS {
-            let x = Part::all(&scratch.x);
+            let (x, gate_up) = (Part::all(&scratch.x), self.whole(&weights.gate_up)?);
             skinny(device, &gate_up, (x, tokens, Some(norm)), After::Gate(gated, activation))?;
         } else {
+            let gate_up = self.whole(&weights.gate_up)?;
             let wide = Part::all(&scratch.wide);
             self.normed_product(&gate_up, (tokens, norm), (wide, Output::Half))?;
             activate_rows(device, (wide, gate_up.bias), (gated, tokens, gate_up.rows / 2), activation)?;
@@ -89,7 +106,7 @@ impl GpuDecoder {
     }
 
     /// Whether what a sublayer adds goes straight to the residual stream.
-    fn adds_at_once(&self, post: Option<&Norm>) -> bool {
+    pub(super) fn adds_at_once(&self, post: Option<&Norm>) -> bool {
         post.is_none() && self.device.shard().size == 1
     }
 
@@ -108,10 +125,14 @@ impl GpuDecoder {
     /// `out = matrix · norm(x)`, f32, of any number of tokens.
     pub(super) fn product_of_normed(
         &self,
-        matrix: &Matrix,
+        linear: &Linear,
         (tokens, norm): (Tokens, Norm),
         out: Part,
     ) -> Result<()> {
+        if let Some(quantized) = linear.quantized() {
+            return few(&*self.device, &quantized, (self.normed(tokens, norm)?, tokens), After::Float(out));
+        }
+        let matrix = &self.whole(linear)?;
         if tokens.count <= SKINNY_TOKENS {
             let x = Part::all(&self.scratch.x);
             return skinny(&*self.device, matrix, (x, tokens, Some(norm)), After::Float(out));
@@ -124,7 +145,10 @@ impl GpuDecoder {
         if let Some(linear) = self.in_levels(linear) {
             return self.project_by_levels(linear, (input, tokens), post);
         }
-        let matrix = &linear.matrix();
+        if let Some(quantized) = self.few_quantized(linear, tokens) {
+            return self.project_quantized(&quantized, (input, tokens), post);
+        }
+        let matrix = &self.whole(linear)?;
         let (device, x) = (&*self.device, Part::all(&self.scratch.x));
         let few = tokens.count <= SKINNY_TOKENS;
         let width = matrix.rows;

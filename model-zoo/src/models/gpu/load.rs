@@ -1,7 +1,9 @@
-//! Reading a decoder's weights to a device: tensor by tensor, through one matrix in bf16 on the host.
+//! Reading a decoder's weights to a device: tensor by tensor, through one matrix on the host, in codes or in bf16.
 //!
 //! Where several devices share the model each holds its share of the heads and of the FFN's channels; embeddings and
 //! norms are on all of them.
+
+mod quantized;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use super::images::Images;
 use super::levels::Levels;
 use super::pruned::Pruned;
 use super::scratch::Scratch;
-use super::{GpuDecoder, Layer, Linear, Weights};
+use super::{GpuDecoder, Layer, Linear, Weight, Weights};
 use crate::config::{DecoderConfig, RopeConfig, RopeStyle};
 use crate::kernels::cpu::quantize::BLOCK;
 use crate::kernels::cuda::attention::HEAD_DIMS;
@@ -67,7 +69,10 @@ impl GpuDecoder {
         let mut decoder = Self::read(config, source, device, Some(levels))?;
         if let Some(levels) = &mut decoder.levels {
             let linears = decoder.weights.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-            let joints = linears.filter_map(|linear| linear.joint.as_ref());
+            let joints = linears.filter_map(|linear| match &linear.weight {
+                Weight::Levels(joint) => Some(joint),
+                Weight::Dense(_) | Weight::Quantized { .. } => None,
+            });
             levels.fill(joints, (decoder.dims.weight_bytes, budget))?;
             decoder.dims.weight_bytes = usize::try_from(levels.bytes()).unwrap_or(usize::MAX);
         }
@@ -90,8 +95,11 @@ impl GpuDecoder {
             .first()
             .map_or([1; 2], |layer| [count([&layer.qkv, &layer.o]), count([&layer.gate_up, &layer.down])]);
         let dims = ModelDims::of(&config, weight_bytes, sublayer_weights);
+        let whole = weights.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let whole = whole.filter(|l| matches!(l.weight, Weight::Quantized { .. })).map(|l| l.rows * l.cols);
+        let whole = device.alloc(2 * whole.max().unwrap_or(0))?;
         Ok(Self {
-            scratch: Scratch::new(&*device, &config, (weights.heads, weights.ffn))?,
+            scratch: Scratch::new((&*device, whole), &config, (weights.heads, weights.ffn))?,
             tables: StepTables::new(Self::bounds(&config)),
             config,
             dims,
@@ -262,17 +270,20 @@ impl Reader<'_> {
         let joint = self.levels.as_mut().map(|levels| levels.joint(tensors, rows, eights)).transpose()?;
         let Some(joint) = joint.flatten() else { return self.matrix(tensors, rows, columns) };
         let bias = self.biases(tensors, rows)?;
-        let weight = self.device.alloc(0)?;
-        Ok(Linear { weight, joint: Some(joint), bias, rows: rows.len(), cols: columns.len() })
+        Ok(Linear { weight: Weight::Levels(joint), bias, rows: rows.len(), cols: columns.len() })
     }
 
-    /// The matrix whose rows are `rows` of `tensors` (names and shapes), its columns `columns` of theirs.
+    /// The matrix whose rows are `rows` of `tensors` (names and shapes), its columns `columns` of theirs: quantized where
+    /// they are, else in bf16.
     fn matrix(
         &mut self,
         tensors: &[(String, [usize; 2])],
         rows: &[Source],
         columns: Range<usize>,
     ) -> Result<Linear> {
+        if let Some(linear) = self.quantized(tensors, rows, &columns)? {
+            return Ok(linear);
+        }
         let cols = columns.len();
         let mut values = vec![0u16; rows.len() * cols];
         for (tensor, (name, shape)) in tensors.iter().enumerate() {
@@ -288,8 +299,8 @@ impl Reader<'_> {
             own.for_each(|(&(_, row), out)| decode.row(row, columns.start, out));
         }
         let bias = self.biases(tensors, rows)?;
-        let weight = self.upload(bytemuck::cast_slice(&values))?;
-        Ok(Linear { weight, joint: None, bias, rows: rows.len(), cols })
+        let weight = Weight::Dense(self.upload(bytemuck::cast_slice(&values))?);
+        Ok(Linear { weight, bias, rows: rows.len(), cols })
     }
 
     /// The bias of the matrix whose rows are `rows` of `tensors`, where one of them has one.

@@ -12,6 +12,7 @@ mod levels;
 mod load;
 mod pool;
 mod pruned;
+mod quantized;
 mod scratch;
 mod stack;
 
@@ -23,6 +24,7 @@ use crate::config::DecoderConfig;
 use crate::kernels::cuda::attention::Attention;
 use crate::kernels::cuda::device::{Buffer, Device, Graph, Part};
 use crate::kernels::cuda::ops::{self, Heads, Matrix, Norm, Tokens};
+use crate::kernels::cuda::quantized::{Operand, Quantized, QuantizedPart};
 use crate::kernels::cuda::sampling;
 use crate::kernels::cuda::stack::STACK_TOKENS;
 use crate::kernels::cuda::tables::{Bounds, Pages, StepTables};
@@ -60,12 +62,23 @@ pub struct GpuDecoder {
     host_logits: Vec<f32>,
 }
 
+/// How a matrix lies in memory.
+#[derive(Debug)]
+enum Weight {
+    /// bf16 `[rows, cols]`.
+    Dense(Buffer),
+    Levels(Joint),
+    /// Codes of its parts' rows.
+    Quantized {
+        units: Buffer,
+        parts: Vec<QuantizedPart>,
+    },
+}
+
 /// A matrix with the buffers that it lies in.
 #[derive(Debug)]
 struct Linear {
-    /// Nothing where it comes in levels.
-    weight: Buffer,
-    joint: Option<Joint>,
+    weight: Weight,
     bias: Option<Buffer>,
     rows: usize,
     cols: usize,
@@ -102,9 +115,18 @@ struct Layer {
 }
 
 impl Linear {
-    fn matrix(&self) -> Matrix {
-        let bias = self.bias.as_ref().map_or(Part::NONE, Part::all);
-        Matrix { weight: Part::all(&self.weight), bias, rows: self.rows, cols: self.cols }
+    /// In one piece, as joint steps and embeddings take it.
+    fn operand(&self) -> Result<Operand<'_>> {
+        let (bias, rows, cols) = (self.bias(), self.rows, self.cols);
+        match &self.weight {
+            Weight::Dense(weight) => {
+                Ok(Operand::Dense(Matrix { weight: Part::all(weight), bias, rows, cols }))
+            }
+            Weight::Levels(_) => Err(ZooError::Device("a matrix in levels lies in many pieces".into())),
+            Weight::Quantized { units, parts } => {
+                Ok(Operand::Quantized(Quantized { units: Part::all(units), parts, bias, cols }))
+            }
+        }
     }
 }
 
@@ -281,8 +303,13 @@ impl GpuDecoder {
         let (device, tables, scratch) = (&*self.device, &self.tables, &self.scratch);
         let (count, width) = (tables.num_tokens(), self.config.hidden_size);
         let x = Part::all(&scratch.x);
-        let embedding = Part::all(&self.weights.embedding.weight);
-        ops::embed(device, (embedding, tables.token_ids()?), (x, count, width), self.config.embedding_scale)?;
+        let embedding = self.weights.embedding.operand()?;
+        ops::embed(
+            device,
+            (&embedding, tables.token_ids()?),
+            (x, count, width),
+            self.config.embedding_scale,
+        )?;
         self.images.put(device, (x, width))?;
         for (rotary, table) in self.weights.rotary.iter().zip(&scratch.rotary) {
             if let Some((frequencies, magnitude)) = rotary {
@@ -303,9 +330,9 @@ impl GpuDecoder {
 
     /// The logits of `tokens`, to the beginning of the scratch memory.
     fn head(&self, tokens: Tokens) -> Result<()> {
-        let head = self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding).matrix();
+        let head = self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding);
         let norm = self.norm(&self.weights.norm);
-        self.product_of_normed(&head, (tokens, norm), Part::all(&self.scratch.logits))
+        self.product_of_normed(head, (tokens, norm), Part::all(&self.scratch.logits))
     }
 
     /// Sees to it that the logits of `rows` lie in the scratch memory, and returns where the first of them does.

@@ -46,12 +46,14 @@ pub(super) struct Scratch {
     pub(super) parts: [Buffer; 2],
     /// f32 `[rows, vocab]`
     pub(super) logits: Buffer,
+    /// Room for a layer's largest quantized matrix in bf16.
+    pub(super) whole: Buffer,
     draws: Buffer,
 }
 
 impl Scratch {
     pub(super) fn new(
-        device: &dyn Device,
+        (device, whole): (&dyn Device, Buffer),
         config: &DecoderConfig,
         (heads, ffn): ([usize; 2], usize),
     ) -> Result<Self> {
@@ -78,6 +80,7 @@ impl Scratch {
             rotary: [none()?, none()?],
             parts: [none()?, none()?],
             logits: none()?,
+            whole,
             draws: none()?,
         })
     }

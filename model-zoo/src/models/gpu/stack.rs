@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use super::GpuDecoder;
 use super::levels::{Joint, Levels};
+use super::{GpuDecoder, Weight};
 use crate::Result;
 use crate::config::Activation;
 use crate::kernels::cuda::device::{Output, Part};
@@ -55,8 +55,8 @@ pub(super) struct InLevels<'a> {
 impl GpuDecoder {
     /// `linear`, where it comes in levels.
     pub(super) fn in_levels<'a>(&'a self, linear: &'a super::Linear) -> Option<InLevels<'a>> {
-        let bias = linear.bias.as_ref().map_or(Part::NONE, Part::all);
-        Some(InLevels { levels: self.levels.as_ref()?, joint: linear.joint.as_ref()?, bias })
+        let Weight::Levels(joint) = &linear.weight else { return None };
+        Some(InLevels { levels: self.levels.as_ref()?, joint, bias: linear.bias() })
     }
 
     /// The joint Q, K and V product of `norm(x)`, its heads normed and turned, to where it belongs.
@@ -108,7 +108,7 @@ impl GpuDecoder {
         add_rows(&*self.device, (sum, matrix.bias, post), (x, tokens), width)
     }
 
-    fn normed(&self, tokens: Tokens, norm: Norm) -> Result<Part> {
+    pub(super) fn normed(&self, tokens: Tokens, norm: Norm) -> Result<Part> {
         let normed = Part::all(&self.scratch.normed);
         rms_norm(&*self.device, (Part::all(&self.scratch.x), tokens), norm, normed)?;
         Ok(normed)

@@ -4,6 +4,7 @@
 mod attention;
 mod products;
 mod pruned;
+mod quantized;
 mod rows;
 mod sampling;
 mod stack;

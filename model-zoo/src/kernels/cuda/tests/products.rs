@@ -4,7 +4,7 @@ use crate::kernels::cuda::device::Output;
 use crate::kernels::cuda::ops::{After, Matrix, Norm, Tokens, product, skinny};
 
 /// `x[m, k] · w[n, k]ᵀ`
-fn multiply(x: &[f64], w: &[f32], k: usize) -> Vec<f64> {
+pub(super) fn multiply(x: &[f64], w: &[f32], k: usize) -> Vec<f64> {
     let dot = |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, &w)| x * f64::from(w)).sum::<f64>();
     x.chunks_exact(k).flat_map(|x| w.chunks_exact(k).map(move |w| dot(x, w))).collect()
 }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::config::Activation;
-use crate::kernels::cuda::ops::{Norm, Tokens, activate_rows, add_rows, embed, rms_norm, rotary};
+use crate::kernels::cuda::ops::{Matrix, Norm, Tokens, activate_rows, add_rows, embed, rms_norm, rotary};
+use crate::kernels::cuda::quantized::Operand;
 
 fn double(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| f64::from(value)).collect()
@@ -15,7 +16,9 @@ fn rows_are_embedded_normed_and_added() {
         let ids = [12u32, 0, 7, 7, 3];
         let (table_buffer, ids_buffer) = (halves(device, &table), words(device, &ids));
         let x = blank(device, 4 * count * width);
-        let sources = (Part::all(&table_buffer), Part::all(&ids_buffer));
+        let weight = Part::all(&table_buffer);
+        let table_operand = Operand::Dense(Matrix { weight, bias: Part::NONE, rows: 13, cols: width });
+        let sources = (&table_operand, Part::all(&ids_buffer));
         embed(device, sources, (Part::all(&x), count, width), 3.5).unwrap();
         let rows = ids.iter().flat_map(|&id| &table[id as usize * width..(id as usize + 1) * width]);
         let expected: Vec<f64> = rows.map(|&v| f64::from(v) * 3.5).collect();
