@@ -1,4 +1,4 @@
-//! The engine's speed on a GPU at the shapes of known models, with random weights, bf16 or BitStack levels: decode at a
+//! The engine's speed on a GPU at the shapes of known models, with random weights, bf16, quantized or BitStack levels: decode at a
 //! context of 1,024 tokens and prefill of 2,048, through [`CausalLm`], beside what must be reached.
 
 mod bench;
@@ -9,7 +9,7 @@ use model_zoo::compression::bitstack::random::RandomLevels;
 use model_zoo::config::DecoderConfig;
 use model_zoo::loader::{LoadOptions, Target, build_in_levels, build_on};
 use model_zoo::models::CausalLm;
-use model_zoo::weights::RandomWeights;
+use model_zoo::weights::{GgmlDType, RandomWeights};
 
 use bench::{Bench, SIZES, Sizes, shown};
 use shape::{SHAPES, Shape};
@@ -29,9 +29,36 @@ pub(crate) struct Options {
     /// Weights of so many BitStack levels of rank 16, in place of bf16 ones
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..))]
     levels: Option<u8>,
+    /// Weights quantized to a GGUF type, in place of bf16 ones
+    #[arg(long, conflicts_with = "levels")]
+    quantized: Option<Quantized>,
     /// Index of the GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
+}
+
+/// GGUF types that random weights come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Quantized {
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q4_k")]
+    Q4K,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl Quantized {
+    fn dtype(self) -> GgmlDType {
+        match self {
+            Self::Q4_0 => GgmlDType::Q4_0,
+            Self::Q4K => GgmlDType::Q4K,
+            Self::Q6K => GgmlDType::Q6K,
+            Self::Q8_0 => GgmlDType::Q8_0,
+        }
+    }
 }
 
 /// Measures and prints the table.
@@ -53,8 +80,11 @@ fn measure((shape, sizes): (&Shape, Sizes), target: &Target, options: &Options) 
     let batches = &options.batches;
     let most = batches.iter().copied().max().unwrap_or(1).max(1);
     let config = shape.config();
-    let weights = RandomWeights::of(&config, 0.02);
-    let kind = options.levels.map_or("bf16".into(), |levels| format!("{levels} levels"));
+    let mut weights = RandomWeights::of(&config, 0.02);
+    let mut kind = options.levels.map_or("bf16".into(), |levels| format!("{levels} levels"));
+    if let Some(quantized) = options.quantized.map(Quantized::dtype) {
+        (weights, kind) = (weights.quantized(quantized), format!("{quantized:?}"));
+    }
     let model = build(config, (&weights, options.levels), target)?;
     println!(
         "| {} | {}, {kind} | {} MiB of weights | | |",
@@ -119,11 +149,17 @@ mod tests {
         let sizes = Sizes { context: 9, prefill: 40, chunk: 35, warm: 3, steps: 2 };
         let target = Target::Device(Arc::new(Emulated::new(Order::Upwards)));
         let mut bytes = Vec::new();
-        for (ffn, levels) in [(40, None), (64, None), (64, Some(3))] {
+        let q8 = Some(GgmlDType::Q8_0);
+        for (ffn, levels, quantized) in
+            [(40, None, None), (64, None, None), (64, Some(3), None), (64, None, q8)]
+        {
             let (hidden, heads, head_dim) = (32, [4, 2], 32);
             let shape =
                 Shape { name: "tiny", hidden, ffn, layers: 4, heads, head_dim, vocab: 50, tied: true, goals };
-            let weights = RandomWeights::of(&shape.config(), 0.1);
+            let mut weights = RandomWeights::of(&shape.config(), 0.1);
+            if let Some(dtype) = quantized {
+                weights = weights.quantized(dtype);
+            }
             let model = build(shape.config(), (&weights, levels), &target).unwrap();
             bytes.push(model.dims().weight_bytes);
             let mut bench = Bench::new(model, 3, sizes).unwrap();
@@ -145,5 +181,6 @@ mod tests {
             assert!(bench.tables[1][0].len() < bench.pages[1][0].len(), "pages were packed");
         }
         assert_ne!(bytes[1], bytes[2], "levels are other weights");
+        assert!(bytes[3] < bytes[1], "codes are smaller");
     }
 }

@@ -49,6 +49,15 @@ impl BlockFormat {
         columns / self.stored_columns() * self.stored_bytes
     }
 
+    /// Where a stored block has its scales and minima in f16.
+    pub fn halves(self) -> &'static [usize] {
+        match self.stored_bytes {
+            210 => &[208],
+            20 | 24 | 144 | 176 => &[0, 2],
+            _ => &[0],
+        }
+    }
+
     /// Block `index` (of 32 columns) of a row stored in `row`.
     pub fn block(self, row: &[u8], index: usize) -> UnpackedBlock {
         let stored = &row[index / self.blocks * self.stored_bytes..][..self.stored_bytes];
@@ -162,6 +171,21 @@ mod tests {
                 let block = format.block(&bytes, i / BLOCK);
                 let ours = block.scale[i % BLOCK / 16] * f32::from(block.q[i % BLOCK]) + block.min;
                 assert!((ours - truth).abs() <= 1e-6 * (1.0 + truth.abs()), "{dtype:?} {i}: {ours} {truth}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_halves_are_zeros_all_weights_are() {
+        use GgmlDType::{Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        for dtype in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
+            let format = BlockFormat::of(dtype).expect("a served format");
+            let columns = format.stored_columns();
+            let mut stored = vec![0x5A; format.stored_len(columns)];
+            format.halves().iter().for_each(|&at| stored[at..at + 2].fill(0));
+            for index in 0..columns / BLOCK {
+                let block = format.block(&stored, index);
+                assert_eq!((block.scale, block.min), ([0.0; 2], 0.0), "{dtype:?}");
             }
         }
     }

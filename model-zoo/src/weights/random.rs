@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 
 use candle_core::quantized::GgmlDType;
-use half::bf16;
+use half::{bf16, f16};
 
+use super::blocks::BlockFormat;
 use super::{RawTensor, WeightSource};
 use crate::config::DecoderConfig;
 use crate::{Result, ZooError};
@@ -12,11 +13,13 @@ use crate::{Result, ZooError};
 /// Values that repeat: large beside any cache.
 const BLOCK: usize = (16 << 20) + 7;
 
-/// bf16 noise in the shapes of a decoder without biases; norms are 1.
+/// Noise in the shapes of a decoder without biases, bf16 or quantized; norms are 1.
 #[derive(Debug)]
 pub struct RandomWeights {
     config: DecoderConfig,
     noise: Vec<u16>,
+    /// What matrices are quantized to, where their columns are whole blocks of it.
+    quantized: Option<GgmlDType>,
 }
 
 impl RandomWeights {
@@ -28,7 +31,26 @@ impl RandomWeights {
             let value = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
             bf16::from_f32(value * scale).to_bits()
         };
-        Self { config: config.clone(), noise: (0..BLOCK).map(|_| next()).collect() }
+        Self { config: config.clone(), noise: (0..BLOCK).map(|_| next()).collect(), quantized: None }
+    }
+
+    /// The same with matrices of random codes of this type, or in bf16 where it is not served or their columns are not
+    /// whole blocks of it.
+    pub fn quantized(self, dtype: GgmlDType) -> Self {
+        Self { quantized: Some(dtype), ..self }
+    }
+
+    /// Random codes of a matrix; its scales and minima are so small that no value is out of proportion.
+    fn codes(&self, dtype: GgmlDType, shape: &[usize]) -> Option<Vec<u8>> {
+        let [rows, cols] = *shape else { return None };
+        let format = BlockFormat::of(dtype).filter(|format| cols.is_multiple_of(format.stored_columns()))?;
+        let noise: &[u8] = bytemuck::cast_slice(&self.noise);
+        let mut data: Vec<u8> = noise.iter().copied().cycle().take(rows * format.stored_len(cols)).collect();
+        let small = f16::from_f32(2e-5).to_le_bytes();
+        for block in data.chunks_exact_mut(format.stored_len(format.stored_columns())) {
+            format.halves().iter().for_each(|&at| block[at..at + 2].copy_from_slice(&small));
+        }
+        Some(data)
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
@@ -58,6 +80,11 @@ impl WeightSource for RandomWeights {
     fn tensor(&self, name: &str) -> Result<RawTensor<'_>> {
         let unknown = || ZooError::Unsupported(format!("no random weights for {name:?}"));
         let shape = self.shape(name).ok_or_else(unknown)?;
+        if let Some(dtype) = self.quantized
+            && let Some(data) = self.codes(dtype, &shape)
+        {
+            return Ok(RawTensor { dtype, shape, data: Cow::Owned(data) });
+        }
         let count: usize = shape.iter().product();
         let mut data = Vec::with_capacity(2 * count);
         if shape.len() == 1 {
