@@ -45,7 +45,10 @@ fn compile() -> Result<(), String> {
     let archs: Vec<&str> = archs.split(',').map(str::trim).collect();
     let last = archs.last().copied().unwrap_or(ARCHS);
     let mut command = Command::new(&nvcc);
-    command.args(["-std=c++17", "-O3", "-fatbin", "-o"]).arg(&out).arg(format!("{KERNELS}/kernels.cu"));
+    command
+        .args(["-std=c++17", "-O3", "--split-compile=0", "-fatbin", "-o"])
+        .arg(&out)
+        .arg(format!("{KERNELS}/kernels.cu"));
     for arch in &archs {
         command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
     }

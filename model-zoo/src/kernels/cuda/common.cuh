@@ -64,17 +64,18 @@ DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
 #endif
 }
 
-// Sums of pairs of bf16.
-DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
+// a * b + c of pairs of bf16.
+DEVICE uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDACC__
-    // As a * 1 + b, which GPUs before Hopper have, too.
     uint32_t sum;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
 #else
-    return pack(low(a) + low(b), high(a) + high(b));
+    return pack(low(a) * low(b) + low(c), high(a) * high(b) + high(c));
 #endif
 }
+// GPUs before Hopper have no other sum of them.
+DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) { return fma_pairs(a, 0x3F803F80u, b); }
 
 // An f16 from its bits.
 DEVICE float half_to_float(uint32_t bits) {

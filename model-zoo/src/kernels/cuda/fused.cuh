@@ -71,7 +71,7 @@ DEVICE Pair fused_pair(const Stage &stage, uint32_t row) {
 }
 
 // Joins the warps' parts of a tile, and does what follows the product.
-DEVICE void fused_finish(const Stage &stage, const FusedMemory &memory, uint32_t turn, const Pair &pair) {
+DEVICE void fused_finish(const Stage &stage, const FusedMemory &memory, uint32_t turn, const Pair &pair, uint32_t flag) {
     const SkinnyParams &p = stage.skinny;
     const uint32_t token = pair.token, row = pair.row, j = threadIdx.x % 8;
     if (token >= p.tokens) return;
@@ -91,9 +91,15 @@ DEVICE void fused_finish(const Stage &stage, const FusedMemory &memory, uint32_t
         if (row + 8 < p.rows) b += p.bias[row + 8];
     }
     if (stage.kind == STAGE_ADD) {
-        float *out = static_cast<float *>(p.out) + static_cast<size_t>(pair.step_token) * p.rows + row;
-        if (row < p.rows) out[0] = pair.ahead.x + a;
-        if (row + 8 < p.rows) out[8] = pair.ahead.y + b;
+        const size_t at = static_cast<size_t>(pair.step_token) * p.rows + row;
+        float *out = static_cast<float *>(p.out) + at;
+        a += pair.ahead.x, b += pair.ahead.y;
+        if (stage.links != nullptr) {
+            if (row < p.rows) store_linked(stage.links + at, a, flag);
+            if (row + 8 < p.rows) store_linked(stage.links + at + 8, b, flag);
+        }
+        if (row < p.rows) out[0] = a;
+        if (row + 8 < p.rows) out[8] = b;
     } else if (stage.kind == STAGE_PLACE) {
         place_pair(p.place, memory.targets[token], pair.ahead, token, row, a, b);
     } else if (stage.kind == STAGE_GATE) {
@@ -114,21 +120,30 @@ DEVICE void fused_tile(float (&c)[TILES][2][4], uint32_t cols, Ring &ring, const
     }
 }
 
-// The same of quantized weights: units go to the warps in turn.
+// The same of quantized weights: units go to the warps in turn. Two at a time wait less for each other than one would for
+// itself.
 template <uint32_t TILES, bool FAR>
 DEVICE void fused_units(float (&c)[TILES][2][4], uint32_t cols, uint32_t format, Ring &ring, const Inputs<TILES, FAR> &x) {
-    const uint32_t units = units_of(cols), piece_of = piece_units(format, units);
-    float sums[TILES][4] = {};
+    const uint32_t units = units_of(cols), warp = threadIdx.x / 32;
+    float sums[2][TILES][4] = {};
     with_format(format, [&](auto unit) {
-        uint32_t mine = threadIdx.x / 32;
-        for (uint32_t first = 0; first < units; first += piece_of, ring.next()) {
-            const uint32_t end = min(first + piece_of, units);
+        constexpr uint32_t BYTES = unit_bytes(unit.OWN), UNITS = piece_units(unit.OWN);
+        for (uint32_t first = 0; first < units; first += UNITS, ring.next()) {
             ring.memory.full[ring.slot].wait(ring.phase);
-            const unsigned char *piece = reinterpret_cast<const unsigned char *>(ring.piece());
-            for (; mine < end; mine += FUSED_WARPS) {
-                unit.fetch(piece + (mine - first) * unit_bytes(unit.OWN), [](const unsigned char *at) { return load<uint4>(at); });
-                unit.template multiply<TILES>(
-                    sums, [&](uint32_t tile, uint32_t column) { return x.template at<uint2>(tile, mine * 64 + column); });
+            const unsigned char *piece = reinterpret_cast<const unsigned char *>(ring.piece()) + warp * BYTES;
+            const uint32_t mine = first + warp;
+            auto load16 = [](const unsigned char *at) { return load<uint4>(at); };
+            auto near = [&](uint32_t tile, uint32_t column) { return x.template at<uint4>(tile, mine * 64 + column); };
+            auto far = [&](uint32_t tile, uint32_t column) {
+                return x.template at<uint4>(tile, (mine + FUSED_WARPS) * 64 + column);
+            };
+            if (UNITS > FUSED_WARPS && mine + FUSED_WARPS < units) {
+                decltype(unit) second;
+                unit.fetch(piece, load16), second.fetch(piece + FUSED_WARPS * BYTES, load16);
+                unit.template multiply<TILES>(sums[0], near), second.template multiply<TILES>(sums[1], far);
+            } else if (mine < units) {
+                unit.fetch(piece, load16);
+                unit.template multiply<TILES>(sums[0], near);
             }
             __syncwarp();
             if (threadIdx.x % 32 == 0) ring.memory.empty[ring.slot].arrive();
@@ -137,12 +152,12 @@ DEVICE void fused_units(float (&c)[TILES][2][4], uint32_t cols, uint32_t format,
 #pragma unroll
     for (uint32_t tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (uint32_t e = 0; e < 4; e++) c[tile][0][e] = sums[tile][e];
+        for (uint32_t e = 0; e < 4; e++) c[tile][0][e] = sums[0][tile][e] + sums[1][tile][e];
 }
 
 // The block's tiles of a product, and what follows it.
 template <bool QUANTIZED, uint32_t TILES, bool FAR>
-DEVICE void fused_tiles(const Stage &stage, Ring &ring, const Inputs<TILES, FAR> &x) {
+DEVICE void fused_tiles(const Stage &stage, Ring &ring, const Inputs<TILES, FAR> &x, uint32_t flag) {
     FusedMemory &memory = ring.memory;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t cols = stage.skinny.cols, rows = stage.skinny.rows;
@@ -162,12 +177,12 @@ DEVICE void fused_tiles(const Stage &stage, Ring &ring, const Inputs<TILES, FAR>
         }
         // The parts of the rows before these are read before this barrier, those of the ones before them were.
         sync_warps<FUSED_WARPS>();
-        fused_finish(stage, memory, turn, pair);
+        fused_finish(stage, memory, turn, pair, flag);
     }
 }
 
 template <bool QUANTIZED, uint32_t TILES>
-DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, bool close) {
+DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, bool close, uint32_t flag) {
     const SkinnyParams &p = stage.skinny;
     const uint32_t g = threadIdx.x % 32 / 4, cols = p.cols, most = p.tokens - 1;
     // Where there is no token the last one stands in: nobody looks at its result.
@@ -176,28 +191,28 @@ DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, bool clo
         Inputs<TILES, false> x;
 #pragma unroll
         for (uint32_t tile = 0; tile < TILES; tile++) x.rows[tile] = staged + min(8 * tile + g, most) * stride;
-        fused_tiles<QUANTIZED>(stage, ring, x);
+        fused_tiles<QUANTIZED>(stage, ring, x, flag);
     } else {
         Inputs<TILES, true> x;
 #pragma unroll
         for (uint32_t tile = 0; tile < TILES; tile++)
             x.rows[tile] = static_cast<const bf16 *>(p.x) + static_cast<size_t>(min(8 * tile + g, most)) * cols;
-        fused_tiles<QUANTIZED>(stage, ring, x);
+        fused_tiles<QUANTIZED>(stage, ring, x, flag);
     }
 }
 
-// A product and what follows it.
+// A product and what follows it; `flag` is its own, one more than that of the stage before.
 template <bool QUANTIZED>
-DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t room) {
+DEVICE void fused_product(const Stage &stage, Ring &ring, bf16 *staged, uint32_t room, uint32_t flag) {
     const SkinnyParams &p = stage.skinny;
     if (blockIdx.x * 16 >= p.rows) return;
     // Activations that are read often, or that are to be normed, are brought close first.
     const bool norms = p.norm != nullptr, close = norms || (p.cols >= 2048 && 2 * p.tokens * normed_stride(p.cols) <= room);
-    if (norms) fused_norm(p, staged, ring.memory.squares);
+    if (norms) fused_norm(p, {stage.links, flag - 1}, staged, ring.memory.squares);
     else if (close) fused_stage(p, staged);
-    if (p.tokens <= 8) fused_product<QUANTIZED, 1>(stage, ring, staged, close);
-    else if (p.tokens <= 16) fused_product<QUANTIZED, 2>(stage, ring, staged, close);
-    else fused_product<QUANTIZED, 4>(stage, ring, staged, close);
+    if (p.tokens <= 8) fused_product<QUANTIZED, 1>(stage, ring, staged, close, flag);
+    else if (p.tokens <= 16) fused_product<QUANTIZED, 2>(stage, ring, staged, close, flag);
+    else fused_product<QUANTIZED, 4>(stage, ring, staged, close, flag);
 }
 
 // The units of the block's share: those in the ring, then the others.
@@ -289,6 +304,10 @@ DEVICE void copy_stage(Stage &to, const Stage *from) {
         reinterpret_cast<uint32_t *>(&to)[i] = reinterpret_cast<const uint32_t *>(from)[i];
 }
 
+// Whether what the stage norms comes by links. Nobody overwrites them too early: between two stages that add to the stream
+// there is one that needs what all blocks have made of it.
+DEVICE bool awaits_links(const Stage &stage) { return stage.links != nullptr && stage.skinny.norm != nullptr; }
+
 template <int D, bool PACKED, bool QUANTIZED>
 DEVICE void fused_step(const FusedParams &p) {
     SHARED(unsigned char, bytes);
@@ -305,12 +324,14 @@ DEVICE void fused_step(const FusedParams &p) {
         return;
     }
     copy_stage(memory.stages[p.from % 2], p.stages + p.from);
+    const uint32_t flags = p.arrived[1];
     sync_warps<FUSED_WARPS>();
+    Meeting meeting = {p.arrived, 0};
     for (uint32_t s = p.from; s < p.to; s++) {
         const Stage &stage = memory.stages[s % 2];
-        const Meeting meeting = {p.arrived, (s - p.from) * gridDim.x};
+        const bool linked = awaits_links(stage), more = s + 1 < p.to, links = more && awaits_links(p.stages[s + 1]);
         // Nobody reads the stage before this one any more: all warps have met since.
-        if (s + 1 < p.to) copy_stage(memory.stages[(s + 1) % 2], p.stages + s + 1);
+        if (more) copy_stage(memory.stages[(s + 1) % 2], p.stages + s + 1);
         if (stage.kind == STAGE_ATTENTION) {
             fused_attention<D, PACKED>(stage, ring, reinterpret_cast<float *>(room), meeting);
         } else {
@@ -318,11 +339,12 @@ DEVICE void fused_step(const FusedParams &p) {
             if (stage.kind == STAGE_PLACE && threadIdx.x < product.tokens)
                 memory.targets[threadIdx.x] =
                     place_target(product.place, product.index != nullptr ? product.index[threadIdx.x] : threadIdx.x);
-            meeting.await();
+            if (!linked) meeting.await();
             if (stage.kind == STAGE_EMBED) fused_embed(stage);
-            else fused_product<QUANTIZED>(stage, ring, reinterpret_cast<bf16 *>(room), p.room);
+            else fused_product<QUANTIZED>(stage, ring, reinterpret_cast<bf16 *>(room), p.room, flags + s);
         }
-        if (s + 1 < p.to) meeting.arrive();
+        if (links) sync_warps<FUSED_WARPS>();
+        else if (more) meeting.arrive(), meeting.count += gridDim.x;
     }
 }
 

@@ -47,6 +47,10 @@ const AHEAD: usize = 3;
 const QUANTIZED_AHEAD: usize = 6;
 /// Bytes of activations that are brought to a block's memory because they are read often.
 const STAGED: usize = 64 << 10;
+/// Tokens whose stream blocks hand each other by links: of more it would be too much to look at again and again.
+const LINKED_TOKENS: u32 = 4;
+/// Flags of a step: more than it has stages.
+pub const FLAGS: u32 = 1024;
 /// Parts that joining takes at most.
 const MOST_SPLITS: usize = 32;
 
@@ -191,12 +195,34 @@ impl<'a> Program<'a> {
         Ok(())
     }
 
-    /// Brings the stages to the device. `arrived` is a word that is zero before each run.
+    /// Has stages that norm what the stage before them has added to read it from `links`, where few tokens are the same.
+    fn link(&mut self, links: Part) -> Result<()> {
+        if self.stages.len() >= FLAGS as usize {
+            return Ok(());
+        }
+        for next in 1..self.stages.len() {
+            let (before, after) = self.stages.split_at_mut(next);
+            let (from, to) = (&mut before[next - 1], &mut after[0]);
+            let (added, normed) = (&from.skinny, &to.skinny);
+            let same = (added.out, added.index, added.tokens, added.rows)
+                == (normed.x, normed.index, normed.tokens, normed.cols);
+            if from.kind == Kind::Add as u32 && normed.norm != 0 && same && normed.tokens <= LINKED_TOKENS {
+                // Tokens lie among those of a step, which are no more than a step of this kind has.
+                need("links", links, 8 * FUSED_TOKENS * normed.cols as usize)?;
+                (from.links, to.links) = (links.pointer(), links.pointer());
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the stages to the device. `arrived` is a word that is zero before each run, and one that is higher by [`FLAGS`]
+    /// each time; `links` is memory of pairs of words for the stream of a step, zero before they begin anew.
     ///
     /// # Errors
     /// As [`Program::embed`]; also when a block's memory is too small.
-    pub fn finish(self, arrived: Part) -> Result<FusedStep> {
-        need("the counter", arrived, 4)?;
+    pub fn finish(mut self, arrived: Part, links: Part) -> Result<FusedStep> {
+        need("the counter", arrived, 8)?;
+        self.link(links)?;
         let room = self.room.next_multiple_of(1024);
         let left = self.device.block_memory().saturating_sub(FIXED + room);
         let slots = (left / PIECE).min(MOST_PIECES);

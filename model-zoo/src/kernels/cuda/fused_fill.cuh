@@ -16,6 +16,8 @@ struct Stage {
     uint32_t tokens;       // of the embedding, items of attention
     uint32_t head_groups;  // of attention: KV heads times sixteens of the query heads that share one
     uint32_t splits;       // of attention: blocks that share the slots of one token at most
+    Linked *links;         // of a product, [step tokens, rows or cols] or null: what it adds to is stored there, too, or what
+                           // it norms is read from there, and no meeting comes before it
     SkinnyParams skinny;
     QuantizedMatrix quantized;  // of a product, in the place of its weight
     AttentionParams attention;
@@ -30,7 +32,7 @@ struct alignas(64) TensorMap {
 struct FusedParams {
     const Stage *stages;
     const TensorMap *maps;  // of each stage: the device's description of its weights
-    uint32_t *arrived;  // zero before the launch: how often blocks came to the end of a stage
+    uint32_t *arrived;  // zero before the launch: how often blocks came to a meeting; then what flags of links begin with
     uint32_t from, to;  // stages of this launch; all of them but where blocks cannot wait for each other
     uint32_t room;      // bytes of the block's memory for activations or attention, a multiple of 1,024
     uint32_t slots;     // pieces of weights that it has room for, up to FUSED_SLOTS
@@ -38,12 +40,10 @@ struct FusedParams {
     uint32_t pad;
 };
 
-// A piece of weights is a tile of sixteen rows and so many columns; of quantized ones as many units as there is room for,
-// and about as many as in the tile's other pieces.
+// A piece of weights is a tile of sixteen rows and so many columns; of quantized ones one or two units a warp.
 constexpr uint32_t PIECE_COLS = 64 * TILE_GROUPS, PIECE = TILE_BYTES / 2;
-DEVICE uint32_t piece_units(uint32_t format, uint32_t units) {
-    const uint32_t most = TILE_BYTES / unit_bytes(format), pieces = (units + most - 1) / most;
-    return (units + pieces - 1) / pieces;
+DEVICE constexpr uint32_t piece_units(uint32_t format) {
+    return TILE_BYTES / unit_bytes(format) >= 2 * FUSED_WARPS ? 2 * FUSED_WARPS : FUSED_WARPS;
 }
 DEVICE bool is_product(uint32_t kind) { return kind >= STAGE_FLOAT && kind <= STAGE_PLACE; }
 
@@ -178,7 +178,7 @@ DEVICE void fused_fill_units(const Stage &stage, Filling<WIDE> &filling) {
     const uint32_t units = units_of(stage.skinny.cols);
     for (uint32_t row = blockIdx.x * 16; row < stage.skinny.rows; row += gridDim.x * 16) {
         const QuantizedPart part = stage.quantized.part(row);
-        const uint32_t size = unit_bytes(part.format), piece_of = piece_units(part.format, units);
+        const uint32_t size = unit_bytes(part.format), piece_of = piece_units(part.format);
         const unsigned char *from = tile_units(part, row, units);
         for (uint32_t unit = 0; unit < units; unit += piece_of) {
             const uint32_t bytes = min(piece_of, units - unit) * size;

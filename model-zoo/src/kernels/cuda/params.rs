@@ -61,7 +61,7 @@ params! {
         window: u32, scale: f32, layer: u32,
     }
     StageParams {
-        kind: u32, tokens: u32, head_groups: u32, splits: u32, skinny: SkinnyParams,
+        kind: u32, tokens: u32, head_groups: u32, splits: u32, links: Pointer, skinny: SkinnyParams,
         quantized: QuantizedMatrixParams, attention: AttentionParams, embed: EmbedParams, rotary: RotaryParams,
     }
     FusedParams {

@@ -3,9 +3,9 @@
 //
 // A matrix lies in units of sixteen rows and 64 columns, all of a tile of rows before those of the next. A unit is the
 // scales, a sixteen of bytes for rows g and g + 8, then the codes' low four bits, a sixteen of bytes for each lane, then
-// their high bits, as many for each lane as there are. Lane (g, t) has what it needs of rows g and g + 8: of each sixteen
-// columns four from 4 t on. A sixteen of columns is one operand of the tensor cores: of its words, bits 4 i and 16 + 4 i on
-// are the low bits of the operand's i-th pair.
+// their high bits, as many for each lane as there are. Lane (g, t) has what it needs of rows g and g + 8: of each 32 columns
+// eight from 8 t on, four of one operand of the tensor cores and four of the next. Of an operand's word, bits 4 i and
+// 16 + 4 i on are the low bits of its i-th pair.
 #pragma once
 #include "common.cuh"
 
@@ -65,7 +65,7 @@ struct QuantizedUnit {
         }
     }
 
-    // The operand of sixteen columns, as whole numbers: codes and BIAS, or where there is none codes less their middle.
+    // An operand, as whole numbers: codes and BIAS, or where there is none codes less their middle.
     DEVICE void pairs(uint32_t (&w)[4], uint32_t group) const {
         constexpr uint32_t NIBBLES = 0x000F000Fu, PLUS_128 = 0x43004300u;
         const uint32_t word = word_of(low, group);
@@ -84,40 +84,72 @@ struct QuantizedUnit {
         }
     }
 
-    // What turns a sixteen of columns of row g, or g + 8, into weights: a factor, and what is added to each.
-    DEVICE float2 scale(uint32_t group, bool second) const {
-        const uint32_t word = word_of(scales, group / 2 + (second ? 2 : 0));
-        const float factor = half_to_float(FINE && group % 2 != 0 ? word >> 16 : word);
-        return make_float2(factor, AFFINE ? half_to_float(word >> 16) - BIAS * factor : 0.0f);
+    // Of the lane's columns of 32, in row g or g + 8: scale, and minimum.
+    DEVICE float2 scale(uint32_t block, bool second) const {
+        const uint32_t word = word_of(scales, block + (second ? 2 : 0));
+        const float factor = half_to_float(FINE && threadIdx.x % 4 >= 2 ? word >> 16 : word);
+        return make_float2(factor, AFFINE ? half_to_float(word >> 16) : 0.0f);
     }
 
-    // sums[tile] += the unit times activations: `x(tile, column)` gives four columns of the lane's token in a tile of eight.
+    // The two operands of 32 columns as weights, rounded to bf16.
+    DEVICE void weights(uint32_t (&w)[2][4], uint32_t block) const {
+        // Codes about zero: so little is left of the minimum that its rounding does not count.
+        constexpr float MIDDLE = FORMAT == WEIGHT_AFFINE4 ? 8.0f : FORMAT == WEIGHT_AFFINE6 ? 16.0f : 0.0f;
+        const float2 near = scale(block, false), far = scale(block, true);
+        const uint32_t factors[2] = {pack(near.x, near.x), pack(far.x, far.x)};
+        const float rest[2] = {near.y + MIDDLE * near.x, far.y + MIDDLE * far.x};
+        const uint32_t minima[2] = {pack(rest[0], rest[0]), pack(rest[1], rest[1])};
+#pragma unroll
+        for (uint32_t half = 0; half < 2; half++) {
+            pairs(w[half], 2 * block + half);
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) {
+                uint32_t &pair = w[half][i];
+                if constexpr (AFFINE) pair = add_pairs(pair, FORMAT == WEIGHT_AFFINE4 ? 0xC308C308u : 0xC310C310u);
+                pair = fma_pairs(pair, factors[i % 2], minima[i % 2]);
+            }
+        }
+    }
+
+    // sums[tile] += the unit times activations: `x(tile, column)` gives eight columns of the lane's token in a tile of eight.
+    // Of one tile codes are multiplied, and their sums are scaled, where a scale is 32 columns'; of more that would take longer
+    // than to scale the codes.
     template <uint32_t TILES, class Load>
     DEVICE void multiply(float (&sums)[TILES][4], Load x) const {
-        constexpr uint32_t ONES = 0x3F803F80u, GROUPS = FINE ? 1 : 2;
         const uint32_t t = threadIdx.x % 4;
 #pragma unroll
-        for (uint32_t first = 0; first < 4; first += GROUPS) {
-            uint32_t w[GROUPS][4];
+        for (uint32_t block = 0; block < 2; block++) {
+            if constexpr (TILES == 1 && !FINE) {
+                multiply_codes(sums[0], x(0u, 32 * block + 8 * t), block);
+            } else {
+                uint32_t w[2][4];
+                weights(w, block);
 #pragma unroll
-            for (uint32_t i = 0; i < GROUPS; i++) pairs(w[i], first + i);
-            const float2 near = scale(first, false), far = scale(first, true);
-#pragma unroll
-            for (uint32_t tile = 0; tile < TILES; tile++) {
-                float c[4] = {}, ones[4] = {};
-#pragma unroll
-                for (uint32_t i = 0; i < GROUPS; i++) {
-                    const uint2 v = x(tile, 16 * (first + i) + 4 * t);
-                    mma(c, w[i], {v.x, v.y});
-                    if constexpr (AFFINE) mma(ones, {ONES, ONES, ONES, ONES}, {v.x, v.y});
-                }
-#pragma unroll
-                for (uint32_t e = 0; e < 4; e++) {
-                    const float2 own = e < 2 ? near : far;
-                    sums[tile][e] += own.x * c[e];
-                    if constexpr (AFFINE) sums[tile][e] += own.y * ones[e];
+                for (uint32_t tile = 0; tile < TILES; tile++) {
+                    const uint4 v = x(tile, 32 * block + 8 * t);
+                    mma(sums[tile], w[0], {v.x, v.y});
+                    mma(sums[tile], w[1], {v.z, v.w});
                 }
             }
+        }
+    }
+    DEVICE void multiply_codes(float (&sums)[4], const uint4 &v, uint32_t block) const {
+        constexpr uint32_t ONES = 0x3F803F80u;
+        float c[4] = {}, ones[4] = {};
+        uint32_t w[4];
+        pairs(w, 2 * block);
+        mma(c, w, {v.x, v.y});
+        pairs(w, 2 * block + 1);
+        mma(c, w, {v.z, v.w});
+        if constexpr (AFFINE) {
+            mma(ones, {ONES, ONES, ONES, ONES}, {v.x, v.y});
+            mma(ones, {ONES, ONES, ONES, ONES}, {v.z, v.w});
+        }
+#pragma unroll
+        for (uint32_t e = 0; e < 4; e++) {
+            const float2 own = scale(block, e >= 2);
+            sums[e] += own.x * c[e];
+            if constexpr (AFFINE) sums[e] += (own.y - BIAS * own.x) * ones[e];
         }
     }
 };
@@ -134,11 +166,11 @@ DEVICE void with_format(uint32_t format, Run run) {
 // One weight.
 DEVICE float quantized_weight(const QuantizedPart &part, uint32_t cols, uint32_t row, uint32_t column) {
     const unsigned char *unit = tile_units(part, row, units_of(cols)) + column / 64 * unit_bytes(part.format);
-    const uint32_t own = (row - part.first_row) % 16, group = column % 64 / 16, lane = own % 8 * 4 + column % 16 / 4;
-    // Which pair of the operand, and which of the two.
-    const uint32_t pair = column % 4 / 2 * 2 + own / 8, upper = column % 2;
+    const uint32_t own = (row - part.first_row) % 16, block = column % 64 / 32, lane = own % 8 * 4 + column % 32 / 8;
+    // Which operand, which pair of it, and which of the two.
+    const uint32_t group = 2 * block + column % 8 / 4, pair = column % 4 / 2 * 2 + own / 8, upper = column % 2;
     auto word = [&](uint32_t at) { return load<uint32_t>(unit + at); };
-    const uint32_t scales = word(own % 8 * 16 + own / 8 * 8 + group / 2 * 4);
+    const uint32_t scales = word(own % 8 * 16 + own / 8 * 8 + block * 4);
     const uint32_t low = word(UNIT_SCALES + lane * 16 + group * 4) >> (4 * pair + 16 * upper) & 15;
     const uint32_t high_at = UNIT_SCALES + UNIT_LOW;
     const float minimum = half_to_float(scales >> 16);
@@ -147,8 +179,8 @@ DEVICE float quantized_weight(const QuantizedPart &part, uint32_t cols, uint32_t
         const uint32_t high = word(high_at + lane * 16 + group * 4) >> (4 * pair + 16 * upper) & 15;
         return half_to_float(scales) * (static_cast<float>(16 * high + low) - 128.0f);
     }
-    const uint32_t high = word(high_at + lane * 8 + group / 2 * 4) >> (2 * (group % 2 * 4 + pair) + 16 * upper) & 3;
+    const uint32_t high = word(high_at + lane * 8 + block * 4) >> (2 * (group % 2 * 4 + pair) + 16 * upper) & 3;
     const float code = static_cast<float>(16 * high + low);
     if (part.format == WEIGHT_AFFINE6) return half_to_float(scales) * code + minimum;
-    return half_to_float(group % 2 != 0 ? scales >> 16 : scales) * (code - 32.0f);
+    return half_to_float(column % 32 >= 16 ? scales >> 16 : scales) * (code - 32.0f);
 }

@@ -97,8 +97,8 @@ impl Format {
         unit[at + 2..at + 4].copy_from_slice(&f16::from_f32(second).to_le_bytes());
         for (i, &q) in block.q.iter().enumerate() {
             let code = (i32::from(q) + middle) as u32;
-            let (group, own) = (index % 2 * 2 + i / 16, i % 16);
-            let (lane, pair, upper) = (row % 8 * 4 + own / 4, own % 4 / 2 * 2 + row / 8, own % 2);
+            let (group, lane) = (index % 2 * 2 + i % 8 / 4, row % 8 * 4 + i / 8);
+            let (pair, upper) = (i % 4 / 2 * 2 + row / 8, i % 2);
             set(unit, SCALES + lane * 16 + group * 4, (code & 15) << (4 * pair + 16 * upper));
             let high = SCALES + LOW;
             match self.high() {

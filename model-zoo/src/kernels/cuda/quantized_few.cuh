@@ -40,7 +40,7 @@ DEVICE void quantized_units(float (&sums)[TILES][4], const unsigned char *units,
         // Past the last column there are no activations; weights are zeros there.
         unit.template multiply<TILES>(sums, [&](uint32_t tile, uint32_t column) {
             const uint32_t at = u * 64 + column;
-            return at < cols ? load<uint2>(x[tile] + at) : make_uint2(0, 0);
+            return at < cols ? load<uint4>(x[tile] + at) : make_uint4(0, 0, 0, 0);
         });
     }
 }
@@ -110,20 +110,19 @@ KERNEL(quantized_whole, QuantizedWholeParams, QUANTIZED_THREADS, 4) {
         unit.fetch(at, [](const unsigned char *from) { return load_stream(from); });
         follow();
 #pragma unroll
-        for (uint32_t group = 0; group < 4; group++) {
-            uint32_t w[4];
-            unit.pairs(w, group);
-            const uint32_t column = u * 64 + group * 16 + 4 * t;
+        for (uint32_t block = 0; block < 2; block++) {
+            uint32_t w[2][4];
+            unit.pairs(w[0], 2 * block), unit.pairs(w[1], 2 * block + 1);
+            const uint32_t column = u * 64 + block * 32 + 8 * t;
             if (!has || column >= p.cols) continue;
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++) {
-                const float2 scale = unit.scale(group, half != 0);
-                auto pair = [&](uint32_t v) {
-                    return pack(scale.x * low(v) + scale.y, scale.x * high(v) + scale.y);
-                };
+                const float2 scale = unit.scale(block, half != 0);
+                const float rest = scale.y - unit.BIAS * scale.x;
+                auto pair = [&](uint32_t v) { return pack(scale.x * low(v) + rest, scale.x * high(v) + rest); };
                 if (row + g + 8 * half < p.rows)
-                    *reinterpret_cast<uint2 *>(p.out + static_cast<size_t>(row + g + 8 * half) * p.cols + column) =
-                        make_uint2(pair(w[half]), pair(w[2 + half]));
+                    *reinterpret_cast<uint4 *>(p.out + static_cast<size_t>(row + g + 8 * half) * p.cols + column) =
+                        make_uint4(pair(w[0][half]), pair(w[0][2 + half]), pair(w[1][half]), pair(w[1][2 + half]));
             }
         }
     });

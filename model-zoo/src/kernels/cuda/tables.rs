@@ -6,6 +6,7 @@
 use super::attention::{ITEM_BYTES, Items, PACKED_BYTES};
 use super::device::{Buffer, Device, Part};
 use super::ffn::Watch;
+use super::fused::FLAGS;
 use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
 use super::pruned::OBSERVED_WORDS;
@@ -47,6 +48,8 @@ pub struct StepTables {
     num_logits: usize,
     uniform: bool,
     is_packed: bool,
+    /// The first flag of the step.
+    flags: u32,
     selections: Vec<[Selection; 2]>,
     /// Of each layer: where the rows whose queries are observed begin, and how many they are.
     observed: Vec<(usize, usize)>,
@@ -72,6 +75,7 @@ impl StepTables {
             num_logits: 0,
             uniform: false,
             is_packed: false,
+            flags: 0,
             selections,
             observed: Vec::new(),
             observers: Vec::new(),
@@ -115,6 +119,10 @@ impl StepTables {
         self.rows = if self.uniform { self.tokens } else { batch.rows.len() };
         self.words.clear();
         self.words.resize(self.variable(), 0);
+        self.flags =
+            self.flags.checked_add(FLAGS).filter(|flags| *flags <= u32::MAX - FLAGS).unwrap_or(FLAGS);
+        let flags_at = self.variable() - 1;
+        self.words[flags_at] = self.flags;
         self.lay_tokens(batch, route);
         let runs: Vec<usize> = actives.iter().map(|[_, (active, _)]| active.count()).collect();
         let sizes = (self.tokens, self.uniform);
@@ -149,15 +157,21 @@ impl StepTables {
 
     /// Where what has no fixed place begins.
     fn variable(&self) -> usize {
-        self.packed_at() + PACKED_BYTES / 4 * self.rows + 1
+        self.packed_at() + PACKED_BYTES / 4 * self.rows + 2
     }
 
-    /// A word that is zero when a step begins, for blocks that count each other.
+    /// A word that is zero when a step begins, for blocks that count each other, and one that is higher by [`FLAGS`] from
+    /// step to step.
     ///
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn counter(&self) -> Result<Part> {
-        self.part(self.variable() - 1, 1)
+        self.part(self.variable() - 2, 2)
+    }
+
+    /// Whether flags began anew with this step: none of those before may be seen any more.
+    pub fn restarts_flags(&self) -> bool {
+        self.flags == FLAGS
     }
 
     /// What runs where, and the spans of it; and which tokens may leave out the FFN of each layer.

@@ -44,7 +44,7 @@ impl GpuDecoder {
             let logits = After::Float(Part::all(&scratch.logits));
             program.product(&head, (x, tables.logits(0..count)?, norm), logits)?;
         }
-        Ok(Box::new(program.finish(tables.counter()?)?))
+        Ok(Box::new(program.finish(tables.counter()?, Part::all(&scratch.links))?))
     }
 
     fn fuse_attention(&self, program: &mut Program<'_>, step: &Step, layer: usize) -> Result<()> {

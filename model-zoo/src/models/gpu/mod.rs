@@ -191,6 +191,9 @@ impl CausalLm for GpuDecoder {
         if self.tables.upload(&*self.device)? || grown || served {
             self.graphs.clear();
         }
+        if self.tables.restarts_flags() {
+            self.device.fill(Part::all(&self.scratch.links), 0)?;
+        }
         self.pruned.clear_sums(
             &*self.device,
             (self.tables.observers().len(), self.config.num_layers),

@@ -4,6 +4,7 @@ use crate::Result;
 use crate::config::DecoderConfig;
 use crate::kernels::cuda::attention::decode_scratch;
 use crate::kernels::cuda::device::{Buffer, Device, Part};
+use crate::kernels::cuda::fused::FUSED_TOKENS;
 use crate::kernels::cuda::ops::Heads;
 use crate::kernels::cuda::tables::StepTables;
 
@@ -46,6 +47,8 @@ pub(super) struct Scratch {
     pub(super) parts: [Buffer; 2],
     /// f32 `[rows, vocab]`
     pub(super) logits: Buffer,
+    /// The stream of steps of few tokens, each value beside a flag.
+    pub(super) links: Buffer,
     /// Room for a layer's largest quantized matrix in bf16.
     pub(super) whole: Buffer,
     draws: Buffer,
@@ -80,6 +83,7 @@ impl Scratch {
             rotary: [none()?, none()?],
             parts: [none()?, none()?],
             logits: none()?,
+            links: device.alloc(8 * FUSED_TOKENS * config.hidden_size)?,
             whole,
             draws: none()?,
         })

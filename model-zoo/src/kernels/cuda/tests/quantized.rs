@@ -89,6 +89,8 @@ impl Case {
 
 /// Sums in f32 of exact products; scales of `_K` types are rounded to f16.
 const EXACT: f64 = 6e-4;
+/// Sums of weights that were rounded to bf16, which more than eight tokens have and weights with a scale for sixteen columns.
+const ROUNDED: f64 = 3e-3;
 
 #[test]
 fn products_of_codes_equal_f64_loops() {
@@ -104,6 +106,8 @@ fn products_of_codes_equal_f64_loops() {
             let (matrix, rows) = (case.matrix(), case.bias.len());
             for tokens in [1, 7, 9, 35] {
                 let what = format!("{tokens} x {parts:?} x {cols} {device:?}");
+                let is_fine = parts.iter().any(|&(dtype, _)| dtype == GgmlDType::Q6K);
+                let most = if tokens > 8 || is_fine { ROUNDED } else { EXACT };
                 let x = rounded(&noise(tokens as u64, tokens * cols));
                 let (expected, x) = (case.expected(&x), halves(device, &x));
                 let all = 2 * tokens + 3;
@@ -114,10 +118,10 @@ fn products_of_codes_equal_f64_loops() {
 
                 let out = blank(device, 4 * tokens * rows);
                 run(After::Float(Part::all(&out)));
-                assert_close(&read_floats(device, &out), &expected, EXACT, &format!("float {what}"));
+                assert_close(&read_floats(device, &out), &expected, most, &format!("float {what}"));
                 let out = blank(device, 2 * tokens * rows);
                 run(After::Half(Part::all(&out)));
-                assert_close(&read_halves(device, &out), &expected, 3e-3, &format!("half {what}"));
+                assert_close(&read_halves(device, &out), &expected, most + 3e-3, &format!("half {what}"));
                 let residual = noise(5, all * rows);
                 let out = floats(device, &residual);
                 run(After::Add(Part::all(&out)));
@@ -125,7 +129,7 @@ fn products_of_codes_equal_f64_loops() {
                 for (own, &at) in expected.chunks_exact(rows).zip(&index) {
                     sum[at as usize * rows..].iter_mut().zip(own).for_each(|(sum, y)| *sum += y);
                 }
-                assert_close(&read_floats(device, &out), &sum, EXACT, &format!("add {what}"));
+                assert_close(&read_floats(device, &out), &sum, most, &format!("add {what}"));
             }
         }
     }
@@ -151,7 +155,7 @@ fn gates_of_codes_let_their_values_through() {
         let some = Tokens { count: tokens, index: Part::NONE, skips: None };
         let after = After::Gate(Part::all(&out), Activation::Silu);
         few(device, &case.matrix(), (Part::all(&x), some), after).unwrap();
-        assert_close(&read_halves(device, &out), &expected, 3e-3, &format!("{device:?}"));
+        assert_close(&read_halves(device, &out), &expected, 6e-3, &format!("{device:?}"));
     }
 }
 
@@ -199,8 +203,12 @@ fn a_token_gets_the_same_bits_of_codes_whatever_is_beside_it() {
         few(device, &case.matrix(), (Part::all(&x), tokens), After::Float(Part::all(&out))).unwrap();
         read_floats(device, &out)
     };
-    let all = run(&x);
-    for token in [0, 7, 8, 31, 32, 39] {
-        assert_eq!(run(&x[token * cols..][..cols]), all[token * 21..][..21], "token {token}");
+    // Few, and many.
+    for (few, some) in [(8, 3), (40, 9)] {
+        let all = run(&x[..few * cols]);
+        for first in [0, 2, few - some] {
+            let own = run(&x[first * cols..][..some * cols]);
+            assert_eq!(own, all[first * 21..][..some * 21], "{some} tokens from {first} on of {few}");
+        }
     }
 }
