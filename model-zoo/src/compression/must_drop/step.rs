@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::filter::{FilteredImage, Gaze, VisualFilter, VisualOutcome};
+use crate::Result;
 use crate::compression::Sublayer;
 use crate::compression::route::{Route, Span};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KeptSlots, KvCache};
 use crate::step::{StepBatch, StepRow};
 
 /// The filter of `row`, if this step computes the part of its prompt that runs whole.
@@ -124,7 +125,11 @@ fn is_visual(filter: &VisualFilter, position: usize) -> bool {
 
 /// When filtered prompts are computed: leaves the KV of the layers that say so nothing but what went on to the end, and
 /// notes what became of the image tokens.
-pub fn compact(batch: &mut StepBatch<'_>, kv: &mut KvCache, route: &Route) {
+///
+/// # Errors
+/// As [`KvCache::compact`].
+pub fn compact(batch: &mut StepBatch<'_>, kv: &mut KvCache, route: &Route) -> Result<()> {
+    let mut lists = Vec::new();
     for (index, row) in batch.rows.iter_mut().enumerate() {
         let Some(filter) = due(row) else { continue };
         let num_layers = row.plan.num_layers();
@@ -138,8 +143,8 @@ pub fn compact(batch: &mut StepBatch<'_>, kv: &mut KvCache, route: &Route) {
             let runs = row.plan.runs(layer, Sublayer::Attention, row.first_pos);
             if runs && filter.compacts(layer) && here.len() > last.len() {
                 let slot = |token: &usize| here.partition_point(|other| other < token);
-                let kept: Vec<usize> = last.iter().map(slot).collect();
-                kv.compact(&row.block_tables[layer], row.kv_len[layer], &kept);
+                let (table, first) = (row.block_tables[layer].as_slice(), row.kv_len[layer]);
+                lists.push(KeptSlots { table, first, kept: last.iter().map(slot).collect() });
             }
             let held = if filter.compacts(layer) { last.len() } else { here.len() };
             outcome.dropped.push(if runs { all.len() - held } else { 0 });
@@ -149,4 +154,5 @@ pub fn compact(batch: &mut StepBatch<'_>, kv: &mut KvCache, route: &Route) {
             last.iter().filter(|token| is_visual(token)).map(|token| row.first_pos + token).collect();
         row.state.visual = Some(Arc::new(outcome));
     }
+    if lists.is_empty() { Ok(()) } else { kv.compact(&lists) }
 }

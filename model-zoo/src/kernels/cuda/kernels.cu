@@ -21,4 +21,6 @@
 
 #include "pruned.cuh"
 
+#include "compact.cuh"
+
 #include "sample.cuh"

@@ -6,6 +6,7 @@
 //! tests run them without a GPU.
 
 pub mod attention;
+pub mod compact;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;

@@ -126,7 +126,7 @@ impl CausalLm for CpuDecoder {
             }
         }
         route.finish(&mut batch.rows);
-        must_drop::compact(batch, kv, &route);
+        must_drop::compact(batch, kv, &route)?;
         self.keep_hidden(batch, &route, &x);
         self.scratch.x = x;
         Ok(())

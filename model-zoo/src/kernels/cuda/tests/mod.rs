@@ -2,6 +2,7 @@
 //! fresh noise, and NaN wherever nothing was written.
 
 mod attention;
+mod compact;
 mod products;
 mod pruned;
 mod rows;
