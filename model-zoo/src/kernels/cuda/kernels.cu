@@ -23,4 +23,6 @@
 
 #include "compact.cuh"
 
+#include "gaze.cuh"
+
 #include "sample.cuh"

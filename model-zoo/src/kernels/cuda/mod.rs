@@ -14,6 +14,7 @@ pub mod driver;
 pub mod emulated;
 pub mod ffn;
 pub mod fused;
+pub mod gaze;
 pub mod ops;
 mod page_tables;
 mod params;

@@ -3,6 +3,7 @@
 
 mod attention;
 mod compact;
+mod gaze;
 mod products;
 mod pruned;
 mod rows;
