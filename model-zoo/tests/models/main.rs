@@ -15,6 +15,8 @@ mod gpu;
 mod gpu_levels;
 #[cfg(feature = "cuda-emulated")]
 mod gpu_methods;
+#[cfg(feature = "cuda-emulated")]
+mod gpu_vision;
 mod llava;
 mod logits;
 mod must_drop;

@@ -20,6 +20,7 @@ mod page_tables;
 mod params;
 pub mod pruned;
 pub mod sampling;
+mod selections;
 pub mod stack;
 mod step_rows;
 pub mod tables;
