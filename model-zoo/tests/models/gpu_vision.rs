@@ -15,6 +15,7 @@ use model_zoo::weights::RandomWeights;
 use rand::{Rng, SeedableRng};
 use tempfile::TempDir;
 
+use crate::bitstack::{BLOCKS, artefact, summed};
 use crate::gpu::{device, error, llama, on, tokens};
 use crate::support::{Chunk, Runner};
 use crate::tiny::{LAYERS, write};
@@ -190,11 +191,22 @@ fn compare(
         }
         assert_eq!(after.visual, before.visual, "{what}");
         assert_eq!(after.sublayers_run, before.sublayers_run, "{what}");
+        if !before.pruning.query_sums.is_empty() {
+            let [cpu, gpu] = [before, after].map(|state| vec![sorted(&state.pruning.query_sums)]);
+            assert!(error(&gpu, &cpu) < most, "{what}: other queries were looked at");
+        }
         assert_eq!(after.visual_left_out, before.visual_left_out, "{what}");
         let found = error(gpu, cpu);
         assert!(found < most, "{what}: relative error {found:.2e}");
     }
     counts
+}
+
+/// In rising order: a device has another order of channels.
+fn sorted(values: &[f32]) -> Vec<f32> {
+    let mut values = values.to_vec();
+    values.sort_by(f32::total_cmp);
+    values
 }
 
 /// Six layers of noise with heads of 64 channels, those of which `windowed` says so with a window.
@@ -254,10 +266,12 @@ fn plans_that_leave_out_image_tokens_mix_and_equal_the_cpus() {
             shown(6, hidden, r#"{"vision": {"baseline": "pool", "keep": 6}}"#),
             shown(7, hidden, &random),
             shown(8, hidden, r#"{"vision": {"layers": []}}"#),
+            // Its queries are looked at in a step with filters.
+            text(10, 40, r#"{"think": {"ratio": 0.5, "recent": 0}}"#),
             shown(9, hidden, &format!(r#"{{"vision": {{"keep": 5, "merge": 1.5}}, {skip}}}"#)),
         ]
     };
-    let begins = [(0, 0), (0, 4), (1, 5), (2, 0), (2, 1), (1, 20), (2, 9), (3, 37), (4, 0)];
+    let begins = [(0, 0), (0, 4), (1, 5), (2, 0), (2, 1), (1, 20), (2, 9), (3, 37), (2, 0), (4, 0)];
     let folder = write(|_| false);
     let small = asked(64);
     let steps = schedule(&small, &begins);
@@ -274,6 +288,23 @@ fn plans_that_leave_out_image_tokens_mix_and_equal_the_cpus() {
     let [filtered, whole] = [0, 1].map(|which| all.iter().map(|counts| counts[which]).sum::<usize>());
     println!("{whole} of {filtered} filtered sequences compared whole: {all:?}");
     assert!(filtered == 12 && whole >= 6, "{all:?}");
+}
+
+#[test]
+fn weights_in_levels_serve_what_goes_on() {
+    let (folder, path) = artefact();
+    let sums = summed(folder.path(), &path, BLOCKS);
+    let asked = [
+        shown(1, 64, &KEYS.replace("LAYERS", "[1, 3]")),
+        text(2, 9, "{}"),
+        shown(3, 64, r#"{"vision": {"baseline": "random", "keep": 5}}"#),
+    ];
+    let steps = schedule(&asked, &[(1, 0), (0, 0), (1, 0)]);
+    let model = |device: Option<Arc<dyn Device>>| match device {
+        Some(device) => on(device, &path),
+        None => load(sums.path(), &LoadOptions::default()).unwrap().model,
+    };
+    assert_eq!(compare(&model, (&asked, &steps), (device(0), "levels", 3e-2)), [1, 1]);
 }
 
 #[test]

@@ -28,6 +28,14 @@ struct Selection {
     longest: usize,
 }
 
+impl Selection {
+    fn lists<'a>(&self, words: &'a [u32]) -> [&'a [u32]; 3] {
+        let index = self.index.map_or(0..0, |start| start..start + self.tokens);
+        let items = |(start, count): (usize, usize)| start..start + 4 * count;
+        [index, items(self.single), items(self.several)].map(|range| &words[range])
+    }
+}
+
 /// See the module. What they consist of lies among the step's words.
 #[derive(Debug, Default)]
 pub(super) struct Selections {
@@ -187,13 +195,8 @@ impl Selections {
 
 /// Whether two layers' selections have the same lists.
 fn equal(a: &[Selection; 2], b: &[Selection; 2], words: &[u32]) -> bool {
-    let list = |selection: &Selection| -> Vec<&[u32]> {
-        let index = selection.index.map_or(0..0, |start| start..start + selection.tokens);
-        let items = |(start, count): (usize, usize)| start..start + 4 * count;
-        [index, items(selection.single), items(selection.several)].map(|range| &words[range]).to_vec()
-    };
     let same = |(a, b): (&Selection, &Selection)| {
-        a.tokens == b.tokens && a.index.is_some() == b.index.is_some() && list(a) == list(b)
+        a.tokens == b.tokens && a.index.is_some() == b.index.is_some() && a.lists(words) == b.lists(words)
     };
     a.iter().zip(b).all(same)
 }

@@ -92,7 +92,10 @@ impl WatchTables {
     /// them: `[layer]`.
     fn votes(&self, batch: &StepBatch<'_>, route: &Route) -> Vec<u32> {
         let mut votes = vec![0; self.watched.len()];
-        let mut seen = vec![self.carried.is_empty(); self.tokens];
+        if self.carried.is_empty() {
+            return votes;
+        }
+        let mut seen = vec![false; self.tokens];
         for (votes, tokens) in votes.iter_mut().zip(&self.watched) {
             for watched in tokens {
                 let token = step_token(watched, batch, route) as usize;
