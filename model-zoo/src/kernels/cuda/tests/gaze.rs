@@ -97,6 +97,11 @@ fn what_text_looks_at_equals_softmax_in_f64() {
             check(device, (&case, &[first]), Some(25));
         }
         let heads = Heads { queries: 4, kv: 2, dim: 32, block_size: 16 };
+        // More slots of an image than threads of a block.
+        let case = Case::new(heads, &[(7, 330)]);
+        let text: Vec<usize> = (301..330).collect();
+        let wide = Onlookers { row: 0, first: 0, text, sights: vec![[0..29, 9..300]] };
+        check(device, (&case, &[wide]), Some(200));
         let case = Case::new(heads, &[(0, 40)]);
         let alone = Onlookers { row: 0, first: 0, text: Vec::new(), sights: vec![[0..0, 4..40]] };
         check(device, (&case, &[alone]), None);
