@@ -154,8 +154,7 @@ impl Service {
         let images = Images::new(vision, images, Arc::clone(&metrics), Arc::clone(&energy));
         let admission = Admission::new(Arc::clone(&info), Arc::clone(&tokenizer), images, limits)
             .governed_by(governor.clone())
-            .metered(energy.source().is_some())
-            .on_gpu(model.is_on_gpu());
+            .metered(energy.source().is_some());
         let parts = EngineParts {
             model,
             encoder_bytes,

@@ -1,11 +1,34 @@
 //! Closing the gaps that dropped tokens leave in a sequence's slots.
 
 use super::{KvCache, KvLayout, PageId};
+use crate::Result;
+
+/// What is kept of a sequence's slots in a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptSlots<'a> {
+    /// Its pages, dense ones.
+    pub table: &'a [PageId],
+    /// The slot from which on the others are counted; those before it stay.
+    pub first: usize,
+    /// Slots that are kept, ascending; there are pages for all of them.
+    pub kept: Vec<usize>,
+}
 
 impl KvCache {
-    /// Moves the slots `first + kept[i]` of `table`, of dense pages, to `first + i`; `kept` ascends. What was in the
-    /// slots behind them means nothing then.
-    pub fn compact(&mut self, table: &[PageId], first: usize, kept: &[usize]) {
+    /// Moves the slots `first + kept[i]` of each of `lists` to `first + i`. What was in the slots behind them means nothing
+    /// then.
+    ///
+    /// # Errors
+    /// [`crate::ZooError::Device`] when the device that they lie on fails; the pages are lost then.
+    pub fn compact(&mut self, lists: &[KeptSlots<'_>]) -> Result<()> {
+        if let Some(pages) = self.device_pages_mut() {
+            return pages.compact(lists);
+        }
+        lists.iter().for_each(|list| self.compact_one(list));
+        Ok(())
+    }
+
+    fn compact_one(&mut self, KeptSlots { table, first, kept }: &KeptSlots<'_>) {
         let KvLayout { num_kv_heads, head_dim, block_size } = self.layout;
         let channels = num_kv_heads * head_dim;
         for (to, &from) in kept.iter().enumerate().filter(|(to, from)| to < from) {
@@ -44,7 +67,8 @@ mod tests {
         let mut kv = KvCache::new(layout, 9).expect("memory");
         let all: Vec<usize> = (0..40).collect();
         write(&mut kv, &[5, 2, 7], &all);
-        kv.compact(&[5, 2, 7], 3, &kept);
+        let list = KeptSlots { table: &[5, 2, 7], first: 3, kept: kept.to_vec() };
+        kv.compact(&[list]).expect("pages of the host");
         let expected: Vec<usize> = [0, 1, 2].into_iter().chain(kept.map(|slot| slot + 3)).collect();
         write(&mut kv, &[8], &expected);
         for slot in 0..expected.len() {

@@ -14,6 +14,7 @@ use std::any::Any;
 
 use half::f16;
 
+pub use compact::KeptSlots;
 pub use pages::Pages;
 pub use pruned::{PackedLayout, PageMove, PrunedKeys};
 
@@ -95,6 +96,12 @@ pub trait DevicePages: std::fmt::Debug + Send {
     /// # Errors
     /// When the device fails.
     fn seal(&mut self, moves: &[PageMove], keys: &PrunedKeys) -> Result<()>;
+
+    /// As [`KvCache::compact`].
+    ///
+    /// # Errors
+    /// When a list has not the pages for its slots, or the device fails.
+    fn compact(&mut self, lists: &[KeptSlots<'_>]) -> Result<()>;
 
     /// Itself, for the model whose device it is on.
     fn as_any(&self) -> &dyn Any;

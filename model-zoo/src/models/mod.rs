@@ -8,7 +8,6 @@ mod levels;
 pub mod toy;
 
 use crate::Result;
-use crate::compression::Plan;
 use crate::config::DecoderConfig;
 use crate::kv_cache::{KvCache, KvLayout};
 use crate::models::elastic::ElasticWeights;
@@ -122,7 +121,7 @@ pub trait CausalLm: Send {
         "cpu".into()
     }
 
-    /// Whether it runs on a GPU, where not every compression method does (see [`gpu_refusal`]).
+    /// Whether it runs on a GPU.
     fn is_on_gpu(&self) -> bool {
         false
     }
@@ -136,10 +135,4 @@ pub trait CausalLm: Send {
     fn elastic(&mut self) -> Option<&mut dyn ElasticWeights> {
         None
     }
-}
-
-/// Why a model on a GPU does not run `plan`, by the name of the method; `None` where it does.
-pub fn gpu_refusal(plan: &Plan) -> Option<&'static str> {
-    let leaves_out = plan.filter().is_some() || !plan.absent(0..usize::MAX).is_empty();
-    leaves_out.then_some("compression.vision is not run on a GPU by this server; leave it out")
 }

@@ -17,6 +17,8 @@ mod gpu_levels;
 mod gpu_methods;
 #[cfg(feature = "cuda-emulated")]
 mod gpu_quantized;
+#[cfg(feature = "cuda-emulated")]
+mod gpu_vision;
 mod llava;
 mod logits;
 mod must_drop;

@@ -15,7 +15,6 @@ use std::time::Instant;
 
 use model_zoo::ZooError;
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, registry};
-use model_zoo::models::gpu_refusal;
 use model_zoo::tokenizer::Tokenizer;
 use model_zoo::vision::PromptImage;
 
@@ -42,7 +41,6 @@ pub struct Admission {
     governor: Option<Arc<Governor>>,
     /// Whether joules are counted, so that a request can be limited in them.
     is_metered: bool,
-    on_gpu: bool,
 }
 
 impl Admission {
@@ -50,16 +48,7 @@ impl Admission {
     pub fn new(model: Arc<ModelInfo>, tokenizer: Arc<Tokenizer>, images: Images, limits: Limits) -> Self {
         let live = LiveRequests::new(&limits);
         let prompts = prompt::PromptEncoder::new(tokenizer, images.token());
-        Self {
-            model,
-            prompts,
-            images,
-            limits: limits.into(),
-            live,
-            governor: None,
-            is_metered: false,
-            on_gpu: false,
-        }
+        Self { model, prompts, images, limits: limits.into(), live, governor: None, is_metered: false }
     }
 
     /// Lets `governor` choose the profile of `auto` requests; without one they are refused.
@@ -72,12 +61,6 @@ impl Admission {
     #[must_use]
     pub fn metered(self, is_metered: bool) -> Self {
         Self { is_metered, ..self }
-    }
-
-    /// Refuses plans that a model on a GPU does not run, if this one is there.
-    #[must_use]
-    pub fn on_gpu(self, on_gpu: bool) -> Self {
-        Self { on_gpu, ..self }
     }
 
     /// Bounds requests by `limits` from now on; those that are live already stay.
@@ -182,11 +165,7 @@ impl Admission {
             images,
             offer,
         };
-        let plan = registry::compile(options, &context).map_err(refuse_options)?;
-        match gpu_refusal(&plan).filter(|_| self.on_gpu) {
-            Some(sentence) => Err(refuse_options(ZooError::Compression(sentence.into()))),
-            None => Ok(plan),
-        }
+        registry::compile(options, &context).map_err(refuse_options)
     }
 
     /// Fails unless a request of this id is live and the caller's to touch.

@@ -28,6 +28,7 @@
 
 mod baseline;
 pub mod filter;
+pub mod step;
 
 use std::sync::Arc;
 

@@ -83,7 +83,8 @@ impl Attention {
         }
     }
 
-    fn kernel(&self, names: [&'static str; 6]) -> Result<&'static str> {
+    /// Of `names`, for each of [`HEAD_DIMS`], the kernel for its heads.
+    pub(super) fn kernel(&self, names: [&'static str; 6]) -> Result<&'static str> {
         let dim = self.places.heads.dim;
         let index = HEAD_DIMS.iter().position(|&known| known == dim);
         let index =

@@ -25,4 +25,8 @@
 
 #include "pruned.cuh"
 
+#include "compact.cuh"
+
+#include "gaze.cuh"
+
 #include "sample.cuh"

@@ -6,6 +6,7 @@
 //! tests run them without a GPU.
 
 pub mod attention;
+pub mod compact;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -13,12 +14,14 @@ pub mod driver;
 pub mod emulated;
 pub mod ffn;
 pub mod fused;
+pub mod gaze;
 pub mod ops;
 mod page_tables;
 mod params;
 pub mod pruned;
 pub mod quantized;
 pub mod sampling;
+mod selections;
 pub mod stack;
 mod step_rows;
 pub mod tables;

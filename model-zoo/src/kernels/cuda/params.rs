@@ -92,6 +92,14 @@ params! {
         pages: Pointer, lines: Pointer, moves: Pointer, channels: Pointer, kept: u32, kv_heads: u32,
         head_dim: u32, block_size: u32,
     }
+    CompactParams {
+        pages: Pointer, words: Pointer, kv_heads: u32, head_dim: u32, block_size: u32, pad: u32,
+    }
+    GazeParams {
+        q: Pointer, pages: Pointer, kv_len: Pointer, starts: Pointer, tables: Pointer, onlookers: Pointer,
+        places: Pointer, lse: Pointer, weights: Pointer, sums: Pointer, maxima: Pointer, heads: u32, kv_heads: u32,
+        block_size: u32, window: u32, scale: f32, share: f32,
+    }
     DrawParams { row: u32, top_k: u32, temperature: f32, top_p: f32, min_p: f32, uniform: f32 }
     SampleParams { logits: Pointer, draws: Pointer, tokens: Pointer, vocab: u32, pad: u32 }
 }

@@ -2,7 +2,7 @@
 
 use super::device::Part;
 use super::pruned::OBSERVED_WORDS;
-use crate::compression::Sublayer;
+use crate::compression::must_drop::step as must_drop;
 use crate::compression::route::{Active, Span};
 use crate::kv_cache::{KvLayout, PackedLayout};
 use crate::step::{StepBatch, StepRow};
@@ -56,11 +56,6 @@ impl Pages<'_> {
     }
 }
 
-/// Tokens of the row that write KV in `layer`.
-pub(super) fn active(row: &StepRow<'_>, layer: usize) -> usize {
-    row.plan.active_len(layer, Sublayer::Attention, (row.first_pos, row.tokens.len()))
-}
-
 /// Tokens of the row, its last ones, whose queries choose the channels that its keys keep.
 pub(super) fn num_observed(row: &StepRow<'_>) -> usize {
     let Some(pruning) = row.plan.pruning().filter(|_| row.state.pruning.keys.is_none()) else { return 0 };
@@ -73,10 +68,7 @@ pub(super) fn check(row: &StepRow<'_>, bounds: &Bounds, packed: Option<&Prefix>)
     if row.tokens.is_empty() {
         return Err("no tokens".into());
     }
-    let range = row.first_pos..row.first_pos + row.tokens.len();
-    if row.plan.filter().is_some() || !row.plan.absent(range).is_empty() {
-        return Err("its plan leaves out image tokens, which the GPU's engine does not".into());
-    }
+    must_drop::check(row)?;
     if row.images.iter().any(|image| image.embeddings.hidden_size() != bounds.hidden) {
         return Err("the embeddings of an image are not as wide as this model".into());
     }

@@ -3,6 +3,8 @@
 //! Every index that kernels follow is checked here, before it is uploaded: tokens against the vocabulary, pages against
 //! the pool, slots against the pages of their row.
 
+use std::ops::Range;
+
 use super::attention::{ITEM_BYTES, Items, PACKED_BYTES};
 use super::device::{Buffer, Device, Part};
 use super::ffn::Watch;
@@ -10,30 +12,18 @@ use super::fused::FLAGS;
 use super::ops::Tokens;
 use super::page_tables::{PageTables, make_room};
 use super::pruned::OBSERVED_WORDS;
+use super::selections::Selections;
 pub use super::step_rows::{Bounds, Pages, Prefix};
-use super::step_rows::{Selected, active, check, num_observed, observed, shows};
+use super::step_rows::{Selected, check, num_observed, observed, shows};
 use super::watch_tables::WatchTables;
 use crate::compression::Sublayer;
-use crate::compression::route::{Active, Route, Span, Watched};
+use crate::compression::must_drop::step::{points, slots};
+use crate::compression::route::{Active, Route, Watched};
 use crate::step::{LogitRows, StepBatch};
 use crate::{Result, ZooError};
 
 /// In place of a row: the token is padding.
 const NO_ROW: u32 = u32::MAX;
-
-/// The tokens that run one sublayer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Selection {
-    /// How many.
-    pub tokens: usize,
-    /// Where their list begins, where they are not the first ones.
-    index: Option<usize>,
-    /// Rows of one token: where their items begin, and how many.
-    single: (usize, usize),
-    /// Rows of several tokens, and the most tokens of one.
-    several: (usize, usize),
-    longest: usize,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -50,7 +40,11 @@ pub struct StepTables {
     is_packed: bool,
     /// The first flag of the step.
     flags: u32,
-    selections: Vec<[Selection; 2]>,
+    /// The layers' halves that are laid, attention and FFN in turn.
+    part: Range<usize>,
+    /// Where parts end (see [`StepTables::lay_next`]).
+    ends: Vec<usize>,
+    selections: Selections,
     /// Of each layer: where the rows whose queries are observed begin, and how many they are.
     observed: Vec<(usize, usize)>,
     /// Rows of the batch that are observed, by the place of their sums.
@@ -60,11 +54,14 @@ pub struct StepTables {
 
 /// Arrays of one word a token before the arrays by layer: tokens, positions, rows, within, logits, and items of four.
 const TOKEN_WORDS: usize = 5 + ITEM_BYTES / 4;
+/// The array of tokens' indexes in their rows.
+pub(super) const WITHIN: usize = 3;
+/// The array of the items that stand for tokens of rows of one.
+pub(super) const ITEMS: usize = 5;
 
 impl StepTables {
     /// Tables without a step.
     pub fn new(bounds: Bounds) -> Self {
-        let selections = vec![Default::default(); bounds.layers];
         Self {
             words: Vec::new(),
             buffer: None,
@@ -76,15 +73,18 @@ impl StepTables {
             uniform: false,
             is_packed: false,
             flags: 0,
-            selections,
+            part: 0..0,
+            ends: Vec::new(),
+            selections: Selections::default(),
             observed: Vec::new(),
             observers: Vec::new(),
             watch: WatchTables::default(),
         }
     }
 
-    /// Lays out `batch` on its way `route`, and opens and counts its decisions. A step of one token a row is padded to
-    /// `bucket(rows)` tokens, so that steps of a bucket differ in their words alone.
+    /// Lays out `batch` on its way `route` and its first part (see [`StepTables::lay_next`]), whose decisions it opens and
+    /// counts. A step of one token a row is padded to `bucket(rows)` tokens, so that steps of a bucket differ in their words
+    /// alone.
     ///
     /// # Errors
     /// [`ZooError::Step`] when the batch is malformed or needs what this device has not; nothing was run then.
@@ -105,16 +105,21 @@ impl StepTables {
         let sizes = (self.bounds.num_pages, self.bounds.block_size);
         self.pages.lay(batch, sizes, |index, layer| {
             let row = &batch.rows[index];
-            [row.kv_len[layer] + active(row, layer), pages.saved(index, row.kv_len[layer])]
+            [row.kv_len[layer] + slots(row, layer), pages.saved(index, row.kv_len[layer])]
         })?;
+        self.ends.clear();
+        self.ends.extend(points(&batch.rows).into_iter().map(|layer| 2 * layer + 1));
+        self.ends.push(2 * self.bounds.layers);
+        self.part = 0..self.ends[0];
         let count = batch.num_tokens();
         let rows = batch.rows.iter().enumerate();
         self.observers = rows.filter(|(_, row)| num_observed(row) > 0).map(|(index, _)| index).collect();
-        let (actives, watched) = self.select(batch, route);
+        let chosen = self.select(batch, route);
         self.uniform = batch.rows.iter().all(|row| row.tokens.len() == 1)
             && self.observers.is_empty()
+            && self.ends.len() == 1
             && !batch.rows.iter().any(shows)
-            && actives.iter().flatten().all(|(active, _)| !matches!(active, Active::Gather(_)));
+            && chosen.0.iter().flatten().all(|(active, _)| !matches!(active, Active::Gather(_)));
         self.tokens = if self.uniform { bucket(count).max(count) } else { count };
         self.rows = if self.uniform { self.tokens } else { batch.rows.len() };
         self.words.clear();
@@ -124,24 +129,43 @@ impl StepTables {
         let flags_at = self.variable() - 1;
         self.words[flags_at] = self.flags;
         self.lay_tokens(batch, route);
+        self.lay_pages(batch, pages);
+        self.watch.begin();
+        self.lay_part((batch, route), pages.prefixes, chosen)
+    }
+
+    /// Lays out the next part of the step, which has one more than there are layers after whose attention rows are filtered:
+    /// once the part before it has run and `route` knows which tokens are left. Says whether there is one.
+    ///
+    /// # Errors
+    /// As [`StepTables::lay`].
+    pub fn lay_next(
+        &mut self,
+        (batch, route): (&mut StepBatch<'_>, &mut Route),
+        prefixes: &[Option<Prefix>],
+    ) -> Result<bool> {
+        let from = self.part.end;
+        let Some(&end) = self.ends.iter().find(|&&end| end > from) else { return Ok(false) };
+        self.part = from..end;
+        let chosen = self.select(batch, route);
+        self.words.truncate(self.variable());
+        self.lay_part((batch, route), prefixes, chosen)?;
+        Ok(true)
+    }
+
+    /// Lays out what of a part has no fixed place.
+    fn lay_part(
+        &mut self,
+        (batch, route): (&StepBatch<'_>, &Route),
+        prefixes: &[Option<Prefix>],
+        (actives, watched): (Vec<[Selected; 2]>, Vec<Vec<Watched>>),
+    ) -> Result<()> {
         let runs: Vec<usize> = actives.iter().map(|[_, (active, _)]| active.count()).collect();
         let sizes = (self.tokens, self.uniform);
         self.watch.lay((batch, route), (watched, &runs), sizes, &mut self.words);
         let observed = observed(&self.observers, batch, &actives);
-        for (layer, [attention, ffn]) in actives.into_iter().enumerate() {
-            let before = layer.checked_sub(1).map(|before| self.selections[before]);
-            let own = [
-                self.selection(attention, (count, pages.prefixes)),
-                self.selection(ffn, (count, pages.prefixes)),
-            ];
-            // Equal choices share their lists, which is the rule: rows of one plan, and all that is dense.
-            self.selections[layer] = own;
-            if let Some(before) = before {
-                self.share(before, layer);
-            }
-        }
+        self.selections.lay((batch, prefixes), &actives, sizes, &mut self.words)?;
         self.lay_observed(observed);
-        self.lay_pages(batch, pages);
         Ok(())
     }
 
@@ -166,7 +190,7 @@ impl StepTables {
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn counter(&self) -> Result<Part> {
-        self.part(self.variable() - 2, 2)
+        self.part_of(self.variable() - 2, 2)
     }
 
     /// Whether flags began anew with this step: none of those before may be seen any more.
@@ -174,13 +198,16 @@ impl StepTables {
         self.flags == FLAGS
     }
 
-    /// What runs where, and the spans of it; and which tokens may leave out the FFN of each layer.
+    /// What of the part runs where, and the spans of it; and which tokens may leave out the FFN of each layer.
     fn select(
         &self,
         batch: &mut StepBatch<'_>,
         route: &mut Route,
     ) -> (Vec<[Selected; 2]>, Vec<Vec<Watched>>) {
         let mut of = |layer, sublayer| {
+            if !self.part.contains(&(2 * layer + sublayer as usize)) {
+                return ((Active::None, Vec::new()), Vec::new());
+            }
             let active = route.select(layer, sublayer, &mut batch.rows);
             ((active, route.spans().to_vec()), route.watched().to_vec())
         };
@@ -189,6 +216,16 @@ impl StepTables {
             ([attention, ffn], watched)
         };
         (0..self.bounds.layers).map(of_layer).unzip()
+    }
+
+    /// The halves of layers that are laid: half `2 · layer` is a layer's attention, the next one its FFN.
+    pub fn part(&self) -> Range<usize> {
+        self.part.clone()
+    }
+
+    /// The layer after whose attention rows are filtered, where the part ends there.
+    pub fn filtered(&self) -> Option<usize> {
+        (self.part.end < 2 * self.bounds.layers).then_some(self.part.end / 2)
     }
 
     fn lay_tokens(&mut self, batch: &StepBatch<'_>, route: &Route) {
@@ -225,73 +262,9 @@ impl StepTables {
         if self.uniform {
             for token in 0..stride {
                 let item = [token as u32, self.words[2 * stride + token], 0, 1];
-                let place = 5 * stride + 4 * token;
+                let place = ITEMS * stride + 4 * token;
                 self.words[place..place + 4].copy_from_slice(&item);
             }
-        }
-    }
-
-    fn selection(
-        &mut self,
-        (active, spans): Selected,
-        (count, prefixes): (usize, &[Option<Prefix>]),
-    ) -> Selection {
-        let tokens = match active {
-            Active::None => return Selection::default(),
-            Active::Prefix(tokens) | Active::Gather(tokens) => tokens,
-        };
-        if self.uniform {
-            // All rows take the padding with them.
-            let tokens = if tokens == count { self.tokens } else { tokens };
-            let single = (5 * self.tokens, tokens);
-            return Selection { tokens, single, ..Selection::default() };
-        }
-        let mut selection = Selection { tokens, ..Selection::default() };
-        if let Active::Gather(_) = active {
-            selection.index = Some(self.words.len());
-            let tokens = spans.iter().flat_map(|span| span.step_start..span.step_start + span.len);
-            self.words.extend(tokens.map(|token| token as u32));
-        }
-        // Tokens over packed slots are computed one by one, like the tokens that they stand for.
-        let single = |span: &&Span| span.len == 1 || prefixes[span.row].is_some();
-        let start = self.words.len();
-        for span in spans.iter().filter(single) {
-            for i in 0..span.len {
-                let item = [span.start + i, span.row, span.first + i, 1];
-                self.words.extend(item.map(|word| word as u32));
-            }
-        }
-        selection.single = (start, (self.words.len() - start) / 4);
-        let start = self.words.len();
-        let several = || spans.iter().filter(|span| !single(span));
-        let items = several().map(|span| [span.start, span.row, span.first, span.len]);
-        self.words.extend(items.flatten().map(|word| word as u32));
-        selection.several = (start, several().count());
-        selection.longest = several().map(|span| span.len).max().unwrap_or(0);
-        selection
-    }
-
-    /// Lets the layer's selections use the lists of the layer before, where they are equal, and drops their own.
-    fn share(&mut self, before: [Selection; 2], layer: usize) {
-        let list = |words: &[u32], selection: &Selection| -> Vec<u32> {
-            let index = selection.index.map_or(0..0, |start| start..start + selection.tokens);
-            let items = |(start, count): (usize, usize)| start..start + 4 * count;
-            [index, items(selection.single), items(selection.several)]
-                .into_iter()
-                .flat_map(|range| words[range].to_vec())
-                .collect()
-        };
-        let own = self.selections[layer];
-        let equal = |a: &Selection, b: &Selection| {
-            a.tokens == b.tokens
-                && a.index.is_some() == b.index.is_some()
-                && list(&self.words, a) == list(&self.words, b)
-        };
-        if !self.uniform && equal(&own[0], &before[0]) && equal(&own[1], &before[1]) {
-            let begin = own.iter().filter(|selection| selection.tokens > 0);
-            let begin = begin.map(|s| s.index.unwrap_or(s.single.0)).min().unwrap_or(self.words.len());
-            self.words.truncate(begin);
-            self.selections[layer] = before;
         }
     }
 
@@ -338,7 +311,7 @@ impl StepTables {
         Ok(self.pages.upload(device)? || moved)
     }
 
-    fn part(&self, start: usize, words: usize) -> Result<Part> {
+    fn part_of(&self, start: usize, words: usize) -> Result<Part> {
         let buffer = self.buffer.as_ref().ok_or_else(|| ZooError::Device("no step was uploaded".into()))?;
         Part::of(buffer, 4 * start, 4 * words)
     }
@@ -350,7 +323,7 @@ impl StepTables {
 
     /// Rows of one token of a layer, at most.
     pub fn most_single(&self) -> usize {
-        self.selections.iter().map(|[attention, _]| attention.single.1).max().unwrap_or(0)
+        self.selections.most_single()
     }
 
     /// Logit rows that the step keeps, without padding.
@@ -366,10 +339,9 @@ impl StepTables {
 
     /// The number of tokens, and of each sublayer's.
     pub fn class(&self) -> Vec<u32> {
-        let of_layers = self.selections.iter().flatten().map(|selection| selection.tokens as u32);
         [self.tokens as u32, u32::from(self.is_packed)]
             .into_iter()
-            .chain(of_layers)
+            .chain(self.selections.class())
             .chain(self.watch.class())
             .collect()
     }
@@ -384,21 +356,21 @@ impl StepTables {
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn watch(&self, layer: usize) -> Result<Option<Watch>> {
-        self.watch.of(layer, |start, words| self.part(start, words))
+        self.watch.of(layer, |start, words| self.part_of(start, words))
     }
 
     /// Tells the rows which FFNs their tokens have left out, once the step has run.
     ///
     /// # Errors
     /// [`ZooError::Device`].
-    pub fn tell(&self, device: &dyn Device, batch: &mut StepBatch<'_>, route: &Route) -> Result<()> {
+    pub fn tell(&mut self, device: &dyn Device, batch: &mut StepBatch<'_>, route: &Route) -> Result<()> {
         if !self.watch.watches() {
             return Ok(());
         }
         let (start, count) = self.watch.states();
         let mut states = vec![0u32; count];
-        device.download(self.part(start, count)?, bytemuck::cast_slice_mut(&mut states))?;
-        self.watch.tell(&states, batch, route);
+        device.download(self.part_of(start, count)?, bytemuck::cast_slice_mut(&mut states))?;
+        self.watch.tell(states, batch, route);
         Ok(())
     }
 
@@ -407,7 +379,7 @@ impl StepTables {
     /// # Errors
     /// [`ZooError::Device`] before a step was uploaded; so for all that follow.
     pub fn token_ids(&self) -> Result<Part> {
-        self.part(0, self.tokens)
+        self.part_of(0, self.tokens)
     }
 
     /// Positions, `[tokens]`.
@@ -415,23 +387,24 @@ impl StepTables {
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn positions(&self) -> Result<Part> {
-        self.part(self.tokens, self.tokens)
+        self.part_of(self.tokens, self.tokens)
     }
 
-    /// Rows of tokens and their indexes in them, `[tokens]` each.
+    /// Rows of tokens, and their indexes among those of them that run the attention of `layer`, `[tokens]` each.
     ///
     /// # Errors
     /// As [`StepTables::token_ids`].
-    pub fn owners(&self) -> Result<[Part; 2]> {
-        Ok([self.part(2 * self.tokens, self.tokens)?, self.part(3 * self.tokens, self.tokens)?])
+    pub fn owners(&self, layer: usize) -> Result<[Part; 2]> {
+        let within = self.selections.within(layer).unwrap_or(WITHIN * self.tokens);
+        Ok([self.part_of(2 * self.tokens, self.tokens)?, self.part_of(within, self.tokens)?])
     }
 
     /// The step's tokens whose logits are wanted, those of `range`.
     ///
     /// # Errors
     /// As [`StepTables::token_ids`].
-    pub fn logits(&self, range: std::ops::Range<usize>) -> Result<Tokens> {
-        let index = self.part(4 * self.tokens + range.start, range.len())?;
+    pub fn logits(&self, range: Range<usize>) -> Result<Tokens> {
+        let index = self.part_of(4 * self.tokens + range.start, range.len())?;
         Ok(Tokens { count: range.len(), index, skips: None })
     }
 
@@ -449,7 +422,7 @@ impl StepTables {
         let lens = self.by_layer() + layer * self.rows;
         let starts = lens + self.bounds.layers * self.rows;
         let tables = self.pages.part()?;
-        Ok([self.part(lens, self.rows)?, self.part(starts, self.rows)?, tables])
+        Ok([self.part_of(lens, self.rows)?, self.part_of(starts, self.rows)?, tables])
     }
 
     /// Whether some row has packed slots.
@@ -462,7 +435,7 @@ impl StepTables {
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn packed(&self) -> Result<Part> {
-        self.part(self.packed_at(), PACKED_BYTES / 4 * self.rows)
+        self.part_of(self.packed_at(), PACKED_BYTES / 4 * self.rows)
     }
 
     /// Rows of the batch whose queries are observed, by the place of their sums.
@@ -476,7 +449,7 @@ impl StepTables {
     /// As [`StepTables::token_ids`].
     pub fn observed_in(&self, layer: usize) -> Result<(Part, usize)> {
         let (start, count) = self.observed[layer];
-        Ok((self.part(start, OBSERVED_WORDS * count)?, count))
+        Ok((self.part_of(start, OBSERVED_WORDS * count)?, count))
     }
 
     /// The tokens that run `sublayer` of `layer`.
@@ -484,13 +457,9 @@ impl StepTables {
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn selected(&self, layer: usize, sublayer: Sublayer) -> Result<Tokens> {
-        let selection = self.selections[layer][sublayer as usize];
-        let index = match selection.index {
-            Some(start) => self.part(start, selection.tokens)?,
-            None => Part::NONE,
-        };
         let watch = if sublayer == Sublayer::Ffn { self.watch(layer)? } else { None };
-        Ok(Tokens { count: selection.tokens, index, skips: watch.map(|watch| watch.skips) })
+        let tokens = self.selections.tokens(layer, sublayer, |start, words| self.part_of(start, words))?;
+        Ok(Tokens { skips: watch.map(|watch| watch.skips), ..tokens })
     }
 
     /// Items of the attention of `layer`: rows of one token, and rows of several.
@@ -498,10 +467,6 @@ impl StepTables {
     /// # Errors
     /// As [`StepTables::token_ids`].
     pub fn items(&self, layer: usize) -> Result<[Items; 2]> {
-        let Selection { single, several, longest, .. } = self.selections[layer][Sublayer::Attention as usize];
-        let items = |(start, count): (usize, usize), longest| -> Result<Items> {
-            Ok(Items { items: self.part(start, 4 * count)?, count, longest })
-        };
-        Ok([items(single, 1)?, items(several, longest)?])
+        self.selections.items(layer, |start, words| self.part_of(start, words))
     }
 }

@@ -22,9 +22,16 @@ pub(super) struct WatchTables {
     /// Words of a token's state.
     stride: usize,
     tokens: usize,
+    /// States of the step's tokens when the part before this one had run; nothing in its first part.
+    carried: Vec<u32>,
 }
 
 impl WatchTables {
+    /// Begins a step.
+    pub(super) fn begin(&mut self) {
+        self.carried.clear();
+    }
+
     /// What the route watches in each layer's FFN, and how many tokens run it.
     pub(super) fn lay(
         &mut self,
@@ -47,9 +54,12 @@ impl WatchTables {
         let rows = if is_uniform { tokens } else { batch.rows.len() };
         words.resize(self.at[0] + RULE_WORDS * rows, 0);
         self.at[1] = words.len();
-        words.extend((0..layers).flat_map(|layer| [0, needed(layer, &batch.rows), runs[layer] as u32]));
+        let votes = self.votes(batch, route);
+        let tally = |layer: usize| [votes[layer], needed(layer, &batch.rows), runs[layer] as u32];
+        words.extend((0..layers).flat_map(tally));
         self.at[2] = words.len();
-        words.resize(words.len() + self.stride * tokens, 0);
+        words.extend_from_slice(&self.carried);
+        words.resize(self.at[2] + self.stride * tokens, 0);
         self.at[3] = words.len();
         let nexts = self.nexts(batch, route);
         for (watched, nexts) in self.watched.iter().zip(nexts) {
@@ -76,6 +86,28 @@ impl WatchTables {
         let mut nexts: Vec<_> = self.watched.iter().enumerate().rev().map(&mut of_layer).collect();
         nexts.reverse();
         nexts
+    }
+
+    /// Votes that tokens have cast, when the part before this one had run, for the first layer of this one that watches
+    /// them: `[layer]`.
+    fn votes(&self, batch: &StepBatch<'_>, route: &Route) -> Vec<u32> {
+        let mut votes = vec![0; self.watched.len()];
+        if self.carried.is_empty() {
+            return votes;
+        }
+        let mut seen = vec![false; self.tokens];
+        for (votes, tokens) in votes.iter_mut().zip(&self.watched) {
+            for watched in tokens {
+                let token = step_token(watched, batch, route) as usize;
+                if !std::mem::replace(&mut seen[token], true) {
+                    let [_, _, cap, _, has_vote] = rule(&batch.rows[watched.row()]);
+                    // Blocks that it may leave out now, and those that it left out.
+                    let [left, count] = [0, 1].map(|word| self.carried[self.stride * token + word]);
+                    *votes += u32::from(has_vote == 1 && left > 0 && count < cap);
+                }
+            }
+        }
+        votes
     }
 
     /// Whether some token may leave out some FFN.
@@ -122,8 +154,8 @@ impl WatchTables {
         (self.at[2], self.stride * self.tokens)
     }
 
-    /// Tells the rows what was decided, of which `states` are the words.
-    pub(super) fn tell(&self, states: &[u32], batch: &mut StepBatch<'_>, route: &Route) {
+    /// Tells the rows what was decided in this part of the step, after which `states` are the words.
+    pub(super) fn tell(&mut self, states: Vec<u32>, batch: &mut StepBatch<'_>, route: &Route) {
         for (layer, tokens) in self.watched.iter().enumerate() {
             for token in tokens {
                 let state = step_token(token, batch, route) as usize * self.stride + STATE_WORDS;
@@ -132,6 +164,7 @@ impl WatchTables {
                 }
             }
         }
+        self.carried = states;
     }
 }
 

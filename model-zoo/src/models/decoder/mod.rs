@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use crate::compression::Sublayer;
 use crate::compression::bitstack::{LinearId, Projection};
+use crate::compression::must_drop::step as must_drop;
 use crate::compression::route::{Active, Route, Span};
 use crate::config::DecoderConfig;
 use crate::kernels::cpu::attention::SLOTS;
@@ -125,7 +126,7 @@ impl CausalLm for CpuDecoder {
             }
         }
         route.finish(&mut batch.rows);
-        visual::compact(batch, kv, &route);
+        must_drop::compact(batch, kv, &route)?;
         self.keep_hidden(batch, &route, &x);
         self.scratch.x = x;
         Ok(())
@@ -216,9 +217,9 @@ impl CpuDecoder {
             if row.kv_len.len() != layers || row.block_tables.len() != layers {
                 return fail(format!("block tables of {} layers, not {layers}", row.block_tables.len()));
             }
-            visual::check(row).or_else(fail)?;
+            must_drop::check(row).or_else(fail)?;
             for (layer, (table, &len)) in row.block_tables.iter().zip(row.kv_len).enumerate() {
-                let active = visual::slots(row, layer);
+                let active = must_drop::slots(row, layer);
                 let slots = pruned::packed(row, (layer, layout.block_size));
                 let room = slots.map_or(0, |packed| packed.room(layout)) + table.len() * layout.block_size;
                 if room < len + active {

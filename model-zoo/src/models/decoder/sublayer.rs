@@ -107,7 +107,7 @@ fn show(batch: &mut StepBatch<'_>, place: (usize, LinearInput), x: &[f32]) {
 }
 
 /// The spans of each row.
-pub(super) fn by_row(spans: &[Span]) -> impl Iterator<Item = &[Span]> {
+fn by_row(spans: &[Span]) -> impl Iterator<Item = &[Span]> {
     spans.chunk_by(|a, b| a.row == b.row)
 }
 

@@ -28,10 +28,15 @@ impl Images {
         let (mut rows, mut tokens) = (Vec::new(), Vec::new());
         for (index, row) in batch.rows.iter().enumerate().filter(|(_, row)| !row.images.is_empty()) {
             for within in 0..row.tokens.len() {
-                if let Some(image) = row.image_row(within) {
-                    rows.extend_from_slice(image);
-                    tokens.push((route.start(index) + within) as u32);
+                if !row.is_visual(within) {
+                    continue;
                 }
+                match row.image_row(within) {
+                    Some(image) => rows.extend_from_slice(image),
+                    // It runs nowhere.
+                    None => rows.resize(rows.len() + width, 0.0),
+                }
+                tokens.push((route.start(index) + within) as u32);
             }
         }
         self.count = tokens.len();

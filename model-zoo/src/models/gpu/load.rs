@@ -15,6 +15,7 @@ use super::images::Images;
 use super::levels::Levels;
 use super::pruned::Pruned;
 use super::scratch::Scratch;
+use super::visual::Visual;
 use super::{GpuDecoder, Layer, Linear, Weight, Weights};
 use crate::config::{DecoderConfig, RopeConfig, RopeStyle};
 use crate::kernels::cpu::quantize::BLOCK;
@@ -109,6 +110,7 @@ impl GpuDecoder {
             graphs: Graphs::default(),
             pruned: Pruned::default(),
             images: Images::default(),
+            visual: Visual::default(),
             ready: 0,
             host_logits: Vec::new(),
         })

@@ -15,10 +15,12 @@ mod pruned;
 mod quantized;
 mod scratch;
 mod stack;
+mod visual;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::compression::must_drop::step as must_drop;
 use crate::compression::route::Route;
 use crate::config::DecoderConfig;
 use crate::kernels::cuda::attention::Attention;
@@ -39,6 +41,7 @@ use levels::{Joint, Levels};
 use pool::Pool;
 use pruned::Pruned;
 use scratch::Scratch;
+use visual::Visual;
 
 /// Logit rows that are computed at once.
 const LOGIT_ROWS: usize = 256;
@@ -56,6 +59,7 @@ pub struct GpuDecoder {
     scratch: Scratch,
     pruned: Pruned,
     images: Images,
+    visual: Visual,
     graphs: Graphs,
     /// Logit rows of the last step that lie in the scratch memory from its beginning on.
     ready: usize,
@@ -183,12 +187,11 @@ impl CausalLm for GpuDecoder {
         let pages = Pages { count: kv.num_pages(), layout, prefixes: &prefixes };
         self.tables.lay((&mut *batch, &mut route), pages, graphs::bucket)?;
         let whole = self.tables.is_uniform() && self.tables.num_logits() == batch.rows.len();
-        let grown = self.scratch.fit(&*self.device, (&self.tables, heads), self.config.vocab_size)?;
         let served = match &mut self.levels {
             Some(levels) => levels.serve((&batch.rows, &route), self.tables.num_tokens())?,
             None => false,
         };
-        if self.tables.upload(&*self.device)? || grown || served {
+        if served {
             self.graphs.clear();
         }
         if self.tables.restarts_flags() {
@@ -200,12 +203,15 @@ impl CausalLm for GpuDecoder {
             layout,
         )?;
         self.images.bring(&*self.device, (batch, &route), self.config.hidden_size)?;
-        self.run(&Step { pool, heads, whole })?;
+        let step = Step { pool, heads, whole };
+        self.run_part(&step, (&mut *batch, &route))?;
+        while self.filter(&step, (&mut *batch, &mut route), &prefixes)? {
+            self.run_part(&step, (&mut *batch, &route))?;
+        }
         self.pruned.take_sums(&*self.device, self.tables.observers(), batch)?;
-        self.tables.tell(&*self.device, batch, &route)?;
         self.ready = if whole { self.tables.num_logits() } else { 0 };
         route.finish(&mut batch.rows);
-        Ok(())
+        must_drop::compact(batch, kv, &route)
     }
 
     fn logits(&mut self, rows: Range<usize>) -> Result<&[f32]> {
@@ -258,6 +264,16 @@ struct Step {
 }
 
 impl GpuDecoder {
+    /// Runs the part of the step that lies in the tables, and tells its rows what was decided in it.
+    fn run_part(&mut self, step: &Step, (batch, route): (&mut StepBatch<'_>, &Route)) -> Result<()> {
+        let grown = self.scratch.fit(&*self.device, (&self.tables, step.heads), self.config.vocab_size)?;
+        if self.tables.upload(&*self.device)? || grown {
+            self.graphs.clear();
+        }
+        self.run(step)?;
+        self.tables.tell(&*self.device, batch, route)
+    }
+
     /// Replays the step's class, or runs it: as one launch where that can be, else capturing it the second time.
     fn run(&mut self, step: &Step) -> Result<()> {
         if !self.tables.is_uniform() {
@@ -301,28 +317,25 @@ impl GpuDecoder {
         launched.and(graph)
     }
 
-    /// Launches every kernel of the step.
+    /// Launches every kernel of the part of the step that lies in the tables.
     fn launch(&self, step: &Step) -> Result<()> {
         let (device, tables, scratch) = (&*self.device, &self.tables, &self.scratch);
         let (count, width) = (tables.num_tokens(), self.config.hidden_size);
         let x = Part::all(&scratch.x);
-        let embedding = self.weights.embedding.operand()?;
-        ops::embed(
-            device,
-            (&embedding, tables.token_ids()?),
-            (x, count, width),
-            self.config.embedding_scale,
-        )?;
-        self.images.put(device, (x, width))?;
-        for (rotary, table) in self.weights.rotary.iter().zip(&scratch.rotary) {
-            if let Some((frequencies, magnitude)) = rotary {
-                let frequencies = (Part::all(frequencies), *magnitude);
-                ops::rotary(device, frequencies, (tables.positions()?, count), Part::all(table))?;
+        if tables.part().start == 0 {
+            let embedding = self.weights.embedding.operand()?;
+            let scale = self.config.embedding_scale;
+            ops::embed(device, (&embedding, tables.token_ids()?), (x, count, width), scale)?;
+            self.images.put(device, (x, width))?;
+            for (rotary, table) in self.weights.rotary.iter().zip(&scratch.rotary) {
+                if let Some((frequencies, magnitude)) = rotary {
+                    let frequencies = (Part::all(frequencies), *magnitude);
+                    ops::rotary(device, frequencies, (tables.positions()?, count), Part::all(table))?;
+                }
             }
         }
-        for layer in 0..self.weights.layers.len() {
-            self.attention(step, layer)?;
-            self.ffn(layer)?;
+        for half in tables.part() {
+            if half % 2 == 0 { self.attention(step, half / 2)? } else { self.ffn(half / 2)? }
         }
         if step.whole { self.head(tables.logits(0..count)?) } else { Ok(()) }
     }
@@ -368,7 +381,7 @@ impl GpuDecoder {
         let (tables, scratch) = (&self.tables, &self.scratch);
         let window = self.weights.layers[layer].window;
         let local = usize::from(window.is_some() && self.weights.rotary[1].is_some());
-        let [rows, within] = tables.owners()?;
+        let [rows, within] = tables.owners(layer)?;
         let [kv_len, starts, pages] = tables.pages(layer)?;
         let places = ops::Places {
             q: Part::all(&scratch.q),

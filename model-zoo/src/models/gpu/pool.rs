@@ -4,10 +4,11 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::pruned::upload_channels;
+use crate::kernels::cuda::compact::{compact, list_words};
 use crate::kernels::cuda::device::{Buffer, Device, Growable, Part};
 use crate::kernels::cuda::ops::Heads;
 use crate::kernels::cuda::pruned::{Packing, key_squares, move_words};
-use crate::kv_cache::{DevicePages, KvCache, KvLayout, PageId, PageMove, PrunedKeys};
+use crate::kv_cache::{DevicePages, KeptSlots, KvCache, KvLayout, PageId, PageMove, PrunedKeys};
 use crate::{Result, ZooError};
 
 /// Pages that are packed together: some megabytes of scratch.
@@ -138,6 +139,15 @@ impl DevicePages for Pool {
             }
         }
         self.pack(&together, (keys, &channels))
+    }
+
+    fn compact(&mut self, lists: &[KeptSlots<'_>]) -> Result<()> {
+        lists.iter().try_for_each(|list| self.check(list.table))?;
+        let words = self.upload(&list_words(lists, self.layout.block_size)?)?;
+        let pages = (Part::of_growable(&*self.memory), self.heads());
+        compact(&*self.device, pages, (Part::all(&words), lists.len()))?;
+        // The words are freed behind it.
+        self.device.synchronize()
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -50,7 +50,7 @@ impl Case {
     }
 
     /// Where channel `channel` of K and of V of a slot lie in the pool, in values.
-    fn place(&self, row: usize, slot: usize, (head, channel): (usize, usize)) -> [usize; 2] {
+    pub(super) fn place(&self, row: usize, slot: usize, (head, channel): (usize, usize)) -> [usize; 2] {
         let Heads { dim, block_size, .. } = self.heads;
         let page = self.tables[self.starts[row] as usize + slot / block_size] as usize;
         let (base, at) = (page * 2 * self.half_page(), slot % block_size);

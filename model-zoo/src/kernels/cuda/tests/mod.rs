@@ -2,6 +2,8 @@
 //! fresh noise, and NaN wherever nothing was written.
 
 mod attention;
+mod compact;
+mod gaze;
 mod products;
 mod pruned;
 mod quantized;
