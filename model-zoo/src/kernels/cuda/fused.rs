@@ -47,8 +47,6 @@ const AHEAD: usize = 3;
 const QUANTIZED_AHEAD: usize = 6;
 /// Bytes of activations that are brought to a block's memory because they are read often.
 const STAGED: usize = 64 << 10;
-/// Tokens whose stream blocks hand each other by links: of more it would be too much to look at again and again.
-const LINKED_TOKENS: u32 = 4;
 /// Flags of a step: more than it has stages.
 pub const FLAGS: u32 = 1024;
 /// Parts that joining takes at most.
@@ -195,7 +193,8 @@ impl<'a> Program<'a> {
         Ok(())
     }
 
-    /// Has stages that norm what the stage before them has added to read it from `links`, where few tokens are the same.
+    /// Has stages that norm what the stage before them has added to read it from `links`, of one token: of more it would be too
+    /// much to look at again and again.
     fn link(&mut self, links: Part) -> Result<()> {
         if self.stages.len() >= FLAGS as usize {
             return Ok(());
@@ -206,7 +205,7 @@ impl<'a> Program<'a> {
             let (added, normed) = (&from.skinny, &to.skinny);
             let same = (added.out, added.index, added.tokens, added.rows)
                 == (normed.x, normed.index, normed.tokens, normed.cols);
-            if from.kind == Kind::Add as u32 && normed.norm != 0 && same && normed.tokens <= LINKED_TOKENS {
+            if from.kind == Kind::Add as u32 && normed.norm != 0 && same && normed.tokens == 1 {
                 // Tokens lie among those of a step, which are no more than a step of this kind has.
                 need("links", links, 8 * FUSED_TOKENS * normed.cols as usize)?;
                 (from.links, to.links) = (links.pointer(), links.pointer());

@@ -13,7 +13,7 @@ use crate::weights::GgmlDType;
 use crate::{Result, ZooError};
 
 /// Tokens above which a product goes faster with the matrix made whole.
-pub const QUANTIZED_TOKENS: usize = 128;
+pub const QUANTIZED_TOKENS: usize = 64;
 
 /// Matrices of different formats that a joint one has at most.
 const PARTS: usize = 3;

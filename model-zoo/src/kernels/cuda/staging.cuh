@@ -8,8 +8,8 @@ constexpr unsigned FUSED_WARPS = 8, FUSED_THREADS = FUSED_WARPS * 32 + 32, FUSED
 // Values between two rows of activations in the block's memory: half a line of the banks more than a row.
 DEVICE uint32_t normed_stride(uint32_t cols) { return (cols + 63) / 64 * 64 + 32; }
 
-// The residual stream where tokens are normed: as it lies in memory, after a meeting, or linked, with the flag of the stage
-// that adds to it last.
+// The residual stream where tokens are normed: as it lies in memory, after a meeting, or of one token linked, with the flag of
+// the stage that adds to it last.
 struct Stream {
     const Linked *links;  // [step tokens, cols], or null
     uint32_t flag;
@@ -99,21 +99,12 @@ DEVICE void fused_norm_rows(const SkinnyParams &p, bf16 *normed, float (&squares
 
 // Norms the stage's tokens, but for the factor of each, which the sum over `squares` leads to.
 DEVICE void fused_norm(const SkinnyParams &p, const Stream &stream, bf16 *normed, float (&squares)[FUSED_WARPS][FUSED_TOKENS]) {
-    if (stream.links != nullptr) {
-        if (p.tokens == 1) fused_norm_few<1, true>(p, stream, normed, squares);
-        else if (p.tokens == 2) fused_norm_few<2, true>(p, stream, normed, squares);
-        else fused_norm_few<4, true>(p, stream, normed, squares);
-    } else if (p.tokens == 1) {
-        fused_norm_few<1, false>(p, stream, normed, squares);
-    } else if (p.tokens == 2) {
-        fused_norm_few<2, false>(p, stream, normed, squares);
-    } else if (p.tokens <= 4) {
-        fused_norm_few<4, false>(p, stream, normed, squares);
-    } else if (p.tokens <= 8) {
-        fused_norm_rows<1>(p, normed, squares);
-    } else {
-        fused_norm_rows<2>(p, normed, squares);
-    }
+    if (stream.links != nullptr) fused_norm_few<1, true>(p, stream, normed, squares);
+    else if (p.tokens == 1) fused_norm_few<1, false>(p, stream, normed, squares);
+    else if (p.tokens == 2) fused_norm_few<2, false>(p, stream, normed, squares);
+    else if (p.tokens <= 4) fused_norm_few<4, false>(p, stream, normed, squares);
+    else if (p.tokens <= 8) fused_norm_rows<1>(p, normed, squares);
+    else fused_norm_rows<2>(p, normed, squares);
     sync_warps<FUSED_WARPS>();
 }
 
