@@ -54,11 +54,11 @@ struct Pair {
     float2 ahead;  // what it needs from memory: the sums that it adds to, or how it turns
 };
 
-// The thread's pair, and what it needs, ahead of the product. Warps have the first tokens in turn, by tile: others go on to
+// The thread's pair, and what it needs, ahead of the product. Warps have the first tokens in turn, by `turn`: others go on to
 // the next tile meanwhile.
-DEVICE Pair fused_pair(const Stage &stage, uint32_t row, uint32_t tile) {
+DEVICE Pair fused_pair(const Stage &stage, uint32_t row, uint32_t turn) {
     const SkinnyParams &p = stage.skinny;
-    const uint32_t own = (threadIdx.x + 32 * (FUSED_WARPS - tile % FUSED_WARPS)) % (32 * FUSED_WARPS);
+    const uint32_t own = (threadIdx.x + 32 * (FUSED_WARPS - turn % FUSED_WARPS)) % (32 * FUSED_WARPS);
     Pair pair = {own / 8, 0, row + own % 8, make_float2(0.0f, 0.0f)};
     if (pair.token >= p.tokens) return pair;
     pair.step_token = p.index != nullptr ? p.index[pair.token] : pair.token;
@@ -166,7 +166,8 @@ DEVICE void fused_tiles(const Stage &stage, Ring &ring, const Inputs<TILES, FAR>
     uint32_t number = 0;
     for (uint32_t row = blockIdx.x * 16; row < rows; row += gridDim.x * 16, number++) {
         const uint32_t turn = number % 2;
-        const Pair pair = fused_pair(stage, row, number);
+        // Whole weights wait for memory anyway.
+        const Pair pair = fused_pair(stage, row, QUANTIZED ? number : 0);
         float c[TILES][2][4] = {};
         if (QUANTIZED && stage.quantized.count != 0) fused_units(c, cols, stage.quantized.part(row).format, ring, x);
         else fused_tile(c, cols, ring, x);
