@@ -1,6 +1,6 @@
 //! Steps over sequences with their pages, timed.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model_zoo::compression::think::{self, SealMoves};
 use model_zoo::compression::{Plan, RowState, Sublayer};
@@ -12,6 +12,9 @@ use model_zoo::step::{LogitRows, StepBatch, StepRow};
 use super::shape::SKIP_HORIZON;
 
 pub(super) const BLOCK_SIZE: usize = 16;
+
+/// How long steps are run at least where their energy is metered.
+const METERED: Duration = Duration::from_secs(1);
 
 /// How much is run.
 #[derive(Debug, Clone, Copy)]
@@ -171,20 +174,35 @@ impl Bench {
             next.extend(token);
         }
         let mut times = Vec::new();
-        let mut joules = None;
-        for step in 0..warm + steps {
-            if step == warm {
-                joules = target.joules();
-            }
-            let rows: Vec<_> =
-                next.iter().enumerate().map(|(sequence, &token)| (sequence, vec![token])).collect();
-            let begin = Instant::now();
-            next = self.step(&rows)?;
-            times.push(begin.elapsed().as_secs_f64());
+        for _ in 0..warm {
+            next = self.next(&next)?;
         }
-        let used =
-            joules.zip(target.joules()).map(|(before, after)| (after - before) / (steps * batch) as f64);
-        Ok((times.split_off(warm), used))
+        let (lens, states, first) = (self.lens.clone(), self.states.clone(), next.clone());
+        let before = target.joules();
+        let (begin, mut tokens) = (Instant::now(), 0);
+        loop {
+            for _ in 0..steps {
+                let begin = Instant::now();
+                next = self.next(&next)?;
+                times.push(begin.elapsed().as_secs_f64());
+            }
+            tokens += steps * batch;
+            // The same steps again, until the meter, which moves ten times a second, has moved often.
+            if before.is_none() || begin.elapsed() >= METERED {
+                break;
+            }
+            (self.lens, self.states, next) = (lens.clone(), states.clone(), first.clone());
+        }
+        times.truncate(steps);
+        let joules = before.zip(target.joules()).map(|(before, after)| (after - before) / tokens as f64);
+        Ok((times, joules))
+    }
+
+    /// A step of one token of each of the first sequences.
+    fn next(&mut self, tokens: &[u32]) -> model_zoo::Result<Vec<u32>> {
+        let rows: Vec<_> =
+            tokens.iter().enumerate().map(|(sequence, &token)| (sequence, vec![token])).collect();
+        self.step(&rows)
     }
 
     /// Median seconds of a prefill to its first token.
