@@ -1,146 +1,40 @@
-//! The conformance table of the compression methods: each is exact about what it leaves out.
+//! The conformance table of the compression methods: each is exact about what it leaves out, on the CPU and on a GPU.
+//!
+//! A method is a row of [`methods`]; what rows have to meet are checks, which run in every [`Place`].
 
-use std::path::PathBuf;
+mod rows;
 
-use model_zoo::compression::calibration::{Calibration, FfnCalibration};
-use std::sync::Arc;
+use std::path::Path;
 
-use model_zoo::compression::options::{
-    BitStack, DropLayers, FfnMode, FfnSelection, FfnSkip, Region, SkipDecode, Vision, VisionBaseline,
-};
-use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, Sublayer, registry};
+use model_zoo::compression::options::{FfnMode, FfnSkip, SkipDecode, Vision, VisionBaseline};
+use model_zoo::compression::{CompressionOptions, Plan, RowState, Sublayer};
 use model_zoo::step::LogitRows;
-use model_zoo::vision::{EncodedImage, ImageEmbeddings, PromptImage};
-use tempfile::TempDir;
 
-use crate::stacked::write_artefact;
+use crate::place::{BF16, INT8, Place, everywhere};
 use crate::support::{Chunk, Runner, Sequence};
-use crate::tiny::{LAYERS, write};
+use crate::tiny::{LAYERS, write_for_joint_steps};
+use rows::{
+    LEVELS, OUTPUT, PROMPT, baseline, compile, drop_layers, ffn_skip, images, levels, methods, models, vision,
+};
 
-const PROMPT: [u32; 21] = [5, 9, 200, 31, 7, 7, 81, 14, 3, 99, 120, 44, 61, 8, 250, 17, 23, 42, 4, 190, 66];
-const OUTPUT: usize = 30;
-const LEVELS: usize = 3;
-
-/// The prompt's image, at tokens 3 to 10 of it, as the options want it.
-fn images(options: &CompressionOptions) -> Vec<PromptImage> {
-    let value = |i: usize| ((i * 7919 + 13) % 101) as f32 / 50.0 - 1.0;
-    let encoded = EncodedImage {
-        rows: (0..8 * 64).map(value).collect(),
-        places: None,
-        salience: (0..8).map(|i| value(i + 5)).collect(),
-    };
-    let whole = Arc::new(ImageEmbeddings::of((64, 8), encoded, [1; 32]));
-    let prepared = registry::prepare(options, &offer(), vec![whole]).unwrap();
-    prepared.into_iter().map(|embeddings| PromptImage { start: 3, embeddings }).collect()
+everywhere! {
+    what_is_off_is_dense_bit_for_bit,
+    dropping_equals_zeroing_the_output_projection,
+    all_levels_are_no_limit_and_fewer_are_other_weights,
+    every_method_is_exact_with_whole_weights,
+    every_method_is_exact_with_weights_in_levels,
+    ffn_skipping_warms_up_tests_again_and_keeps_the_cap,
+    the_vote_of_a_batch_skips_for_all_or_none,
 }
 
-/// Similarities that put attention in the order 3, 1, 4, 2, … and FFNs in the order 2, 4, 3, 1, …
-fn offer() -> Offer {
-    let calibration = Calibration {
-        attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
-        ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
-        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
-        ..Calibration::default()
-    };
-    Offer { calibration: Some(calibration), levels: Some(LEVELS), ..Offer::default() }
-}
+const CAPACITY: usize = PROMPT.len() + OUTPUT;
 
-/// A folder with the tiny model, and the paths of its two forms: whole, and in levels.
-fn models() -> (TempDir, [PathBuf; 2]) {
-    let folder = write(|_| false);
-    let artefact = folder.path().join("tiny.bitstack");
-    write_artefact(folder.path(), &artefact, (LEVELS, 2));
-    let paths = [folder.path().to_owned(), artefact];
-    (folder, paths)
-}
-
-fn compile(options: CompressionOptions) -> Plan {
-    let context = Context {
-        num_layers: LAYERS,
-        head_dim: 16,
-        prompt_len: PROMPT.len(),
-        max_tokens: OUTPUT,
-        images: &images(&options),
-        offer: &offer(),
-    };
-    registry::compile(&options, &context).unwrap()
-}
-
-fn skip_decode(min_layers: usize, region: Region) -> CompressionOptions {
-    let skip = SkipDecode {
-        min_layers: Some(min_layers),
-        horizon: Some(20),
-        region: Some(region),
-        ..SkipDecode::default()
-    };
-    CompressionOptions { skip_decode: Some(skip), ..CompressionOptions::default() }
-}
-
-fn ffn_skip(change: impl FnOnce(&mut FfnSkip)) -> CompressionOptions {
-    let mut skip = FfnSkip { target: Some(0.4), warmup: Some(3), threshold: Some(0.5), ..FfnSkip::default() };
-    change(&mut skip);
-    CompressionOptions { ffn_skip: Some(skip), ..CompressionOptions::default() }
-}
-
-fn drop_layers(attention: usize, ffn: usize) -> CompressionOptions {
-    let drop = DropLayers { attention, ffn, joint: 0 };
-    CompressionOptions { drop: Some(drop), ..CompressionOptions::default() }
-}
-
-fn vision(change: impl FnOnce(&mut Vision)) -> CompressionOptions {
-    let mut vision = Vision {
-        key_rate: Some(0.2),
-        alpha: Some(0.13),
-        beta: Some(1.0),
-        layers: Some(vec![1, 3]),
-        ..Vision::default()
-    };
-    change(&mut vision);
-    CompressionOptions { vision: Some(vision), ..CompressionOptions::default() }
-}
-
-fn baseline(baseline: VisionBaseline, keep: usize) -> CompressionOptions {
-    let vision = Vision { keep: Some(keep), baseline: Some(baseline), ..Vision::default() };
-    CompressionOptions { vision: Some(vision), ..CompressionOptions::default() }
-}
-
-fn levels(levels: usize) -> CompressionOptions {
-    let bitstack = Some(BitStack { levels: Some(levels) });
-    CompressionOptions { bitstack, ..CompressionOptions::default() }
-}
-
-/// Every method, with a name for messages. Of whole weights every number of levels is all.
-fn methods() -> Vec<(&'static str, CompressionOptions)> {
-    let joint = DropLayers { joint: 3, ..DropLayers::default() };
-    vec![
-        ("dense", CompressionOptions::default()),
-        ("skip_decode low", skip_decode(3, Region::Low)),
-        ("skip_decode middle", skip_decode(4, Region::Middle)),
-        ("drop", drop_layers(2, 1)),
-        ("bitstack", levels(2)),
-        ("bitstack with drop", CompressionOptions { drop: drop_layers(1, 0).drop, ..levels(1) }),
-        ("drop joint", CompressionOptions { drop: Some(joint), ..CompressionOptions::default() }),
-        ("ffn_skip", ffn_skip(|_| {})),
-        ("ffn_skip random", ffn_skip(|skip| skip.selection = Some(FfnSelection::Random))),
-        ("ffn_skip static", ffn_skip(|skip| skip.selection = Some(FfnSelection::Static))),
-        (
-            "drop with skip_decode",
-            CompressionOptions { drop: drop_layers(1, 1).drop, ..skip_decode(4, Region::Low) },
-        ),
-        ("vision", vision(|_| {})),
-        ("vision with a cap", vision(|vision| vision.keep = Some(3))),
-        ("vision pooled", baseline(VisionBaseline::Pool, 4)),
-        ("vision drawn", baseline(VisionBaseline::Random, 3)),
-        (
-            "vision with drop and skip_decode",
-            CompressionOptions {
-                drop: drop_layers(0, 2).drop,
-                vision: vision(|vision| vision.keep = Some(4)).vision,
-                ..skip_decode(3, Region::Low)
-            },
-        ),
-        ("ffn_skip with vision", CompressionOptions { vision: vision(|_| {}).vision, ..ffn_skip(|_| {}) }),
-    ]
+/// What became of a sequence: the logits of every output token, the tokens that they chose, and its state.
+#[derive(Default)]
+struct Ran {
+    logits: Vec<Vec<f32>>,
+    outputs: Vec<u32>,
+    state: RowState,
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -149,39 +43,49 @@ fn argmax(logits: &[f32]) -> u32 {
     best.unwrap().0 as u32
 }
 
-/// Prefills and decodes greedily; all sequences share every step. The logits of every output token.
-fn generate(runner: &mut Runner, sequences: &mut [Sequence]) -> Vec<Vec<Vec<f32>>> {
-    let mut logits = vec![Vec::new(); sequences.len()];
-    let mut next: Vec<Vec<u32>> = vec![PROMPT.to_vec(); sequences.len()];
-    sequences.iter_mut().for_each(|sequence| sequence.state.decode_from = Some(PROMPT.len()));
-    for _ in 0..OUTPUT {
-        let chunks = sequences.iter_mut().zip(&next);
-        let chunks = chunks.map(|(sequence, tokens)| Chunk { sequence, tokens, logits: LogitRows::Last });
-        let step = runner.step(chunks.collect()).unwrap();
-        next = step.iter().map(|logits| vec![argmax(logits)]).collect();
-        logits.iter_mut().zip(step).for_each(|(all, one)| all.push(one));
-    }
-    logits
+fn runner(place: Place, path: &Path, num_sequences: usize) -> Runner {
+    Runner::of(place.load(path), num_sequences, CAPACITY)
 }
 
 /// A sequence with the prompt's image.
 fn showing(runner: &mut Runner, plan: &Plan) -> Sequence {
-    let mut sequence = runner.sequence_of(plan.clone(), PROMPT.len() + OUTPUT);
+    let mut sequence = runner.sequence_of(plan.clone(), CAPACITY);
     sequence.images = images(plan.options());
+    sequence.state.decode_from = Some(PROMPT.len());
     sequence
 }
 
-fn alone(folder: &std::path::Path, plan: &Plan) -> (Vec<Vec<f32>>, RowState) {
-    let mut runner = Runner::new(folder, 1, PROMPT.len() + OUTPUT);
-    let mut sequences = [showing(&mut runner, plan)];
-    let logits = generate(&mut runner, &mut sequences).remove(0);
-    (logits, sequences[0].state.clone())
+/// Prefills and decodes, all sequences in every step: greedily, or on with the tokens that are told.
+fn generate(runner: &mut Runner, plans: &[&Plan], told: Option<&[&[u32]]>) -> Vec<Ran> {
+    let mut sequences: Vec<_> = plans.iter().map(|plan| showing(runner, plan)).collect();
+    let mut ran: Vec<Ran> = plans.iter().map(|_| Ran::default()).collect();
+    let mut next: Vec<Vec<u32>> = vec![PROMPT.to_vec(); plans.len()];
+    for step in 0..OUTPUT {
+        let chunks = sequences.iter_mut().zip(&next);
+        let chunks = chunks.map(|(sequence, tokens)| Chunk { sequence, tokens, logits: LogitRows::Last });
+        let found = runner.step(chunks.collect()).unwrap();
+        for (row, (ran, logits)) in ran.iter_mut().zip(found).enumerate() {
+            ran.outputs.push(argmax(&logits));
+            ran.logits.push(logits);
+            next[row] = vec![told.map_or(ran.outputs[step], |told| told[row][step])];
+        }
+    }
+    for (ran, sequence) in ran.iter_mut().zip(sequences) {
+        ran.state = sequence.state.clone();
+        runner.give_back(sequence);
+    }
+    ran
 }
 
-#[test]
-fn what_is_off_is_dense_bit_for_bit() {
-    let model = write(|_| false);
-    let dense = alone(model.path(), &Plan::dense(LAYERS)).0;
+fn alone(runner: &mut Runner, plan: &Plan) -> Ran {
+    generate(runner, &[plan], None).remove(0)
+}
+
+fn what_is_off_is_dense_bit_for_bit(place: Place) {
+    let model = write_for_joint_steps(|_| false);
+    let mut runner = runner(place, model.path(), 2);
+    let dense = Plan::dense(LAYERS);
+    let expected = alone(&mut runner, &dense);
     let all = SkipDecode { min_layers: Some(LAYERS), ..SkipDecode::default() };
     for options in [
         CompressionOptions { skip_decode: Some(all), ..CompressionOptions::default() },
@@ -192,44 +96,48 @@ fn what_is_off_is_dense_bit_for_bit() {
         vision(|vision| vision.alpha = Some(0.0)),
         vision(|vision| vision.beta = Some(0.0)),
         baseline(VisionBaseline::Pool, 8),
-        // Never saturated: every decision is made, and none skips.
-        ffn_skip(|skip| skip.threshold = Some(1.5)),
     ] {
-        let (logits, state) = alone(model.path(), &compile(options.clone()));
-        assert_eq!(logits, dense, "{options:?}");
-        assert_eq!(state.ffns_skipped, 0);
+        let ran = alone(&mut runner, &compile(options.clone()));
+        assert!(ran.logits == expected.logits, "{options:?}");
+        assert_eq!(ran.state.ffns_skipped, 0);
     }
+    // Never saturated: every decision is made, and none skips. A GPU computes steps in which one is made by kernels of
+    // their own: the dense row shares them.
+    let undecided = compile(ffn_skip(|skip| skip.threshold = Some(1.5)));
+    let ran = generate(&mut runner, &[&dense, &undecided], Some(&[&expected.outputs[..]; 2]));
+    assert!(ran[1].logits == ran[0].logits, "{:?}", undecided.options());
+    assert_eq!(ran[1].state.ffns_skipped, 0);
+    place.assert_same(&ran[0].logits, &expected.logits, (BF16, "dense beside decisions"));
 }
 
-#[test]
-fn dropping_equals_zeroing_the_output_projection() {
-    let model = write(|_| false);
+fn dropping_equals_zeroing_the_output_projection(place: Place) {
+    let model = write_for_joint_steps(|_| false);
     // The least important by the calibration of `offer`.
     let is_dropped = |name: &str| {
         ["layers.3.self_attn.o_proj", "layers.1.self_attn.o_proj", "layers.2.mlp.down_proj"]
             .iter()
             .any(|dropped| name.contains(dropped))
     };
-    let zeroed = write(is_dropped);
-    let expected = alone(zeroed.path(), &Plan::dense(LAYERS)).0;
-    let (logits, _) = alone(model.path(), &compile(drop_layers(2, 1)));
-    assert_eq!(logits, expected);
-    assert_ne!(logits, alone(model.path(), &Plan::dense(LAYERS)).0);
+    let zeroed = write_for_joint_steps(is_dropped);
+    let expected = alone(&mut runner(place, zeroed.path(), 1), &Plan::dense(LAYERS)).logits;
+    let mut runner = runner(place, model.path(), 1);
+    assert_eq!(alone(&mut runner, &compile(drop_layers(2, 1))).logits, expected);
+    assert_ne!(alone(&mut runner, &Plan::dense(LAYERS)).logits, expected);
 }
 
-#[test]
-fn all_levels_are_no_limit_and_fewer_are_other_weights() {
-    let (_folder, [whole, artefact]) = models();
-    let dense = alone(&artefact, &Plan::dense(LAYERS)).0;
-    assert_eq!(alone(&artefact, &compile(levels(LEVELS))).0, dense);
+fn all_levels_are_no_limit_and_fewer_are_other_weights(place: Place) {
+    let (_folder, paths) = models();
+    let [mut whole, mut artefact] = paths.map(|path| runner(place, &path, 1));
+    let dense = alone(&mut artefact, &Plan::dense(LAYERS)).logits;
+    assert_eq!(alone(&mut artefact, &compile(levels(LEVELS))).logits, dense);
     let mut others = vec![dense];
     for fewer in 1..LEVELS {
-        let logits = alone(&artefact, &compile(levels(fewer))).0;
+        let logits = alone(&mut artefact, &compile(levels(fewer))).logits;
         assert!(!others.contains(&logits), "{fewer}");
         others.push(logits);
     }
-    let all = alone(&whole, &Plan::dense(LAYERS)).0;
-    assert_eq!(alone(&whole, &compile(levels(1))).0, all);
+    let all = alone(&mut whole, &Plan::dense(LAYERS)).logits;
+    assert_eq!(alone(&mut whole, &compile(levels(1))).logits, all);
 }
 
 #[test]
@@ -239,78 +147,100 @@ fn dropped_attention_holds_no_kv() {
     assert_eq!(slots, [40, 0, 40, 0, 40, 40]);
 }
 
-#[test]
-fn a_mixed_batch_equals_each_row_alone() {
-    let (_folder, paths) = models();
-    let plans: Vec<_> = methods().into_iter().map(|(name, options)| (name, compile(options))).collect();
-    for path in paths {
-        let mut runner = Runner::new(&path, plans.len(), PROMPT.len() + OUTPUT);
-        let mut sequences: Vec<_> = plans.iter().map(|(_, plan)| showing(&mut runner, plan)).collect();
-        let together = generate(&mut runner, &mut sequences);
-        for (((name, plan), logits), sequence) in plans.iter().zip(&together).zip(&sequences) {
-            let (expected, state) = alone(&path, plan);
-            assert_eq!(logits, &expected, "{name}");
-            assert_eq!(sequence.state, state, "{name}");
-        }
-    }
+/// A method whose sequence ran alone.
+struct Row {
+    name: &'static str,
+    plan: Plan,
+    alone: Ran,
 }
 
-#[test]
-fn counters_equal_the_closed_form() {
-    let (_folder, paths) = models();
-    let computed = PROMPT.len() + OUTPUT - 1;
-    for path in paths {
-        for (name, options) in methods() {
-            let plan = compile(options);
-            let (_, state) = alone(&path, &plan);
-            let [attention, ffn] = plan.work(computed);
-            let mut expected = [attention, ffn - state.ffns_skipped];
-            if let Some(outcome) = &state.visual {
-                // What went on to the next layer ran the FFN.
-                let shown = outcome.ran[0] as u64;
-                let ran =
-                    |layer: usize| outcome.ran.get(layer).copied().unwrap_or(outcome.survivors.len()) as u64;
-                let less = |after: usize| (0..LAYERS).map(|layer| shown - ran(layer + after)).sum::<u64>();
-                let ffn_dropped = |layer: &usize| !plan.runs(*layer, Sublayer::Ffn, 0);
-                let uncounted: u64 =
-                    (0..LAYERS).filter(ffn_dropped).map(|layer| shown - ran(layer + 1)).sum();
-                expected = [expected[0] - less(0), expected[1] + uncounted - less(1)];
-                assert_eq!(state.visual_left_out, less(0) + less(1) - uncounted, "{name}");
-                assert!(outcome.survivors.len() < 8 && outcome.survivors.len() >= 2, "{name}: {outcome:?}");
-            }
-            assert_eq!(state.sublayers_run, expected, "{name}");
-            assert_eq!(state.ffns_skipped > 0, name.starts_with("ffn_skip"), "{name}");
-        }
-    }
+fn every_method_is_exact_with_whole_weights(place: Place) {
+    let (_folder, [whole, _]) = models();
+    let (mut runner, rows) = every_method_is_exact(place, (&whole, BF16));
+    // Steps in which no FFN is decided about are of another kind: a GPU runs them as one launch.
+    let decided: Vec<_> = rows.iter().filter(|row| row.plan.options().ffn_skip.is_none()).collect();
+    a_mixed_batch_equals_each_row_alone(place, &mut runner, &decided);
 }
 
-#[test]
-fn a_replay_in_chunks_equals_the_incremental_run() {
-    let (_folder, paths) = models();
-    let capacity = PROMPT.len() + OUTPUT;
-    for (path, (name, options)) in paths.iter().flat_map(|path| methods().into_iter().map(move |m| (path, m)))
-    {
+fn every_method_is_exact_with_weights_in_levels(place: Place) {
+    let (_folder, [_, artefact]) = models();
+    // The CPU rounds what it multiplies with levels to int8.
+    every_method_is_exact(place, (&artefact, INT8));
+}
+
+/// What holds of every method, over one run of each alone: on an emulated device runs take long.
+fn every_method_is_exact(place: Place, (path, rounding): (&Path, f64)) -> (Runner, Vec<Row>) {
+    let methods = methods();
+    let mut runner = runner(place, path, methods.len());
+    let row = |(name, options)| {
         let plan = compile(options);
-        let mut runner = Runner::new(path, 2, capacity);
-        let mut sequences = [showing(&mut runner, &plan)];
-        let incremental = generate(&mut runner, &mut sequences).remove(0);
-        let outputs: Vec<u32> = incremental.iter().map(|logits| argmax(logits)).collect();
-        let tokens: Vec<u32> = PROMPT.iter().chain(&outputs[..OUTPUT - 1]).copied().collect();
-        let mut again = showing(&mut runner, &plan);
-        again.state = sequences[0].state.clone();
-        let before = again.state.sublayers_run;
-        let mut logits = Vec::new();
-        // What runs whole is not cut, and ends where the prompt does.
-        let whole = plan.filter().map_or(0..0, |filter| filter.first..filter.prompt_len);
-        let (start, rest) = tokens.split_at(whole.end);
-        let (before_whole, whole) = start.split_at(whole.start);
-        for chunk in before_whole.chunks(2).chain(whole.chunks(PROMPT.len())).chain(rest.chunks(13)) {
-            let chunk = Chunk { sequence: &mut again, tokens: chunk, logits: LogitRows::All };
-            logits.extend(runner.step(vec![chunk]).unwrap());
-        }
-        assert_eq!(logits[PROMPT.len() - 1..], incremental, "{name}");
-        assert_eq!(again.state.sublayers_run, before.map(|count| 2 * count), "{name}");
+        let alone = alone(&mut runner, &plan);
+        Row { name, plan, alone }
+    };
+    let rows: Vec<Row> = methods.into_iter().map(row).collect();
+    rows.iter().for_each(counters_equal_the_closed_form);
+    a_row_alone_equals_the_cpus(place, (path, rounding), &rows);
+    a_mixed_batch_equals_each_row_alone(place, &mut runner, &rows.iter().collect::<Vec<_>>());
+    rows.iter().for_each(|row| a_replay_in_chunks_equals_the_incremental_run(place, &mut runner, row));
+    (runner, rows)
+}
+
+fn counters_equal_the_closed_form(Row { name, plan, alone }: &Row) {
+    let state = &alone.state;
+    let [attention, ffn] = plan.work(CAPACITY - 1);
+    let mut expected = [attention, ffn - state.ffns_skipped];
+    if let Some(outcome) = &state.visual {
+        // What went on to the next layer ran the FFN.
+        let shown = outcome.ran[0] as u64;
+        let ran = |layer: usize| outcome.ran.get(layer).copied().unwrap_or(outcome.survivors.len()) as u64;
+        let less = |after: usize| (0..LAYERS).map(|layer| shown - ran(layer + after)).sum::<u64>();
+        let ffn_dropped = |layer: &usize| !plan.runs(*layer, Sublayer::Ffn, 0);
+        let uncounted: u64 = (0..LAYERS).filter(ffn_dropped).map(|layer| shown - ran(layer + 1)).sum();
+        expected = [expected[0] - less(0), expected[1] + uncounted - less(1)];
+        assert_eq!(state.visual_left_out, less(0) + less(1) - uncounted, "{name}");
+        assert!(outcome.survivors.len() < 8 && outcome.survivors.len() >= 2, "{name}: {outcome:?}");
     }
+    assert_eq!(state.sublayers_run, expected, "{name}");
+    assert_eq!(state.ffns_skipped > 0, name.starts_with("ffn_skip"), "{name}");
+}
+
+/// A GPU decides what to leave out as the CPU does, and comes to the same.
+fn a_row_alone_equals_the_cpus(place: Place, (path, rounding): (&Path, f64), rows: &[Row]) {
+    let mut cpu = runner(Place::Cpu, path, 1);
+    for Row { name, plan, alone } in rows {
+        let expected = generate(&mut cpu, &[plan], Some(&[&alone.outputs])).remove(0);
+        place.assert_same(&alone.logits, &expected.logits, (rounding, name));
+        assert_eq!(alone.state, expected.state, "{name}");
+    }
+}
+
+fn a_mixed_batch_equals_each_row_alone(place: Place, runner: &mut Runner, rows: &[&Row]) {
+    let plans: Vec<_> = rows.iter().map(|row| &row.plan).collect();
+    // The same tokens go on where the best two logits are nearly alike.
+    let told: Vec<_> = rows.iter().map(|row| &row.alone.outputs[..]).collect();
+    for (found, Row { name, alone, .. }) in generate(runner, &plans, Some(&told)).iter().zip(rows) {
+        place.assert_same(&found.logits, &alone.logits, (BF16, name));
+        assert_eq!(found.state, alone.state, "{name}");
+    }
+}
+
+fn a_replay_in_chunks_equals_the_incremental_run(place: Place, runner: &mut Runner, row: &Row) {
+    let Row { name, plan, alone } = row;
+    let tokens: Vec<u32> = PROMPT.iter().chain(&alone.outputs[..OUTPUT - 1]).copied().collect();
+    let mut again = showing(runner, plan);
+    again.state = alone.state.clone();
+    let mut logits = Vec::new();
+    // What runs whole is not cut, and ends where the prompt does.
+    let whole = plan.filter().map_or(0..0, |filter| filter.first..filter.prompt_len);
+    let (start, rest) = tokens.split_at(whole.end);
+    let (before_whole, whole) = start.split_at(whole.start);
+    for chunk in before_whole.chunks(2).chain(whole.chunks(PROMPT.len())).chain(rest.chunks(13)) {
+        let chunk = Chunk { sequence: &mut again, tokens: chunk, logits: LogitRows::All };
+        logits.extend(runner.step(vec![chunk]).unwrap());
+    }
+    place.assert_same(&logits[PROMPT.len() - 1..], &alone.logits, (BF16, name));
+    assert_eq!(again.state.sublayers_run, alone.state.sublayers_run.map(|count| 2 * count), "{name}");
+    runner.give_back(again);
 }
 
 /// Which FFNs each output token skipped.
@@ -319,9 +249,9 @@ fn skipped(state: &RowState) -> Vec<Vec<usize>> {
     (0..state.ffn.num_recorded()).map(of).collect()
 }
 
-#[test]
-fn ffn_skipping_warms_up_tests_again_and_keeps_the_cap() {
-    let model = write(|_| false);
+fn ffn_skipping_warms_up_tests_again_and_keeps_the_cap(place: Place) {
+    let model = write_for_joint_steps(|_| false);
+    let mut runner = runner(place, model.path(), 1);
     // Saturated from the first test on: of the warm layers 1..5 the first tests, the next are skipped.
     for (max_skip, target, expected) in
         [(1, 0.6, vec![2, 4]), (2, 0.6, vec![2, 3]), (9, 0.6, vec![2, 3, 4]), (9, 0.15, vec![2, 3])]
@@ -330,7 +260,7 @@ fn ffn_skipping_warms_up_tests_again_and_keeps_the_cap() {
             *skip =
                 FfnSkip { max_skip: Some(max_skip), threshold: Some(-2.0), target: Some(target), ..*skip };
         });
-        let (_, state) = alone(model.path(), &compile(always));
+        let state = alone(&mut runner, &compile(always)).state;
         let tokens = skipped(&state);
         // The first output token comes of the prompt; three run whole after it counts as the first.
         assert_eq!(tokens.len(), OUTPUT - 1 - 3);
@@ -338,10 +268,9 @@ fn ffn_skipping_warms_up_tests_again_and_keeps_the_cap() {
     }
 }
 
-#[test]
-fn the_vote_of_a_batch_skips_for_all_or_none() {
-    let model = write(|_| false);
-    let capacity = PROMPT.len() + OUTPUT;
+fn the_vote_of_a_batch_skips_for_all_or_none(place: Place) {
+    let model = write_for_joint_steps(|_| false);
+    let mut runner = runner(place, model.path(), 2);
     let vote = |threshold, quorum| {
         compile(ffn_skip(|skip| {
             *skip = FfnSkip {
@@ -354,11 +283,9 @@ fn the_vote_of_a_batch_skips_for_all_or_none() {
     };
     // One row is never saturated: it stops the others where all must agree, and not where half is enough.
     for (quorum, skips) in [(1.0, false), (0.5, true)] {
-        let mut runner = Runner::new(model.path(), 2, capacity);
-        let mut sequences =
-            [-2.0, 2.0].map(|threshold| runner.sequence_of(vote(threshold, quorum), capacity));
-        generate(&mut runner, &mut sequences);
-        assert_eq!(sequences[0].state.ffns_skipped > 0, skips, "{quorum}");
-        assert_eq!(sequences[1].state.ffns_skipped, 0);
+        let plans = [-2.0, 2.0].map(|threshold| vote(threshold, quorum));
+        let ran = generate(&mut runner, &plans.each_ref(), None);
+        assert_eq!(ran[0].state.ffns_skipped > 0, skips, "{quorum}");
+        assert_eq!(ran[1].state.ffns_skipped, 0);
     }
 }

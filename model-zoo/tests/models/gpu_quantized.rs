@@ -67,9 +67,12 @@ fn old_types(name: &str) -> GgmlDType {
     }
 }
 
+/// The type of a matrix's codes, by its name.
+type TypeOf = fn(&str) -> GgmlDType;
+
 #[test]
 fn codes_equal_the_values_that_they_stand_for() {
-    let cases: [(DecoderConfig, fn(&str) -> GgmlDType); 5] = [
+    let cases: [(_, TypeOf); 5] = [
         (llama((256, 512, 3), [4, 2], 64), k_types),
         (llama((768, 256, 2), [6, 2], 128), k_types),
         (llama((192, 320, 3), [12, 3], 16), old_types),

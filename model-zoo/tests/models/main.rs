@@ -22,6 +22,7 @@ mod gpu_vision;
 mod llava;
 mod logits;
 mod must_drop;
+mod place;
 mod refusals;
 mod smollm2;
 mod stacked;

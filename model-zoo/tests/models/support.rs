@@ -92,7 +92,6 @@ impl Runner {
     }
 
     /// Takes the pages of a sequence that has ended, poisoned.
-    #[cfg(feature = "cuda-emulated")]
     pub(crate) fn give_back(&mut self, sequence: Sequence) {
         let pages: Vec<PageId> = sequence.block_tables.into_iter().flatten().collect();
         pages.iter().for_each(|&page| self.kv.poison(page));

@@ -5,10 +5,16 @@ use model_zoo::compression::think::kept_channels;
 use model_zoo::compression::{Calibration, CompressionOptions, Context, Offer, Plan, registry};
 use model_zoo::eval::{Chunk, Runner};
 use model_zoo::kv_cache::{KvLayout, PackedLayout};
-use model_zoo::loader::{LoadOptions, load};
 use model_zoo::step::LogitRows;
 
-use crate::tiny::{LAYERS, write};
+use crate::place::{BF16, Place, everywhere};
+use crate::tiny::{LAYERS, write_for_joint_steps};
+
+everywhere! {
+    a_pruned_row_in_a_mixed_batch_equals_its_solo_run_in_any_chunks,
+    teacher_forcing_equals_decoding,
+    nothing_is_pruned_at_ratio_0_or_of_a_prompt_within_the_recent_window,
+}
 
 const PROMPT: usize = 75;
 const OUTPUT: usize = 20;
@@ -62,41 +68,39 @@ fn run(runner: &mut Runner<'_>, plans: &[Plan], chunk: usize) -> Vec<Vec<Vec<f32
     logits
 }
 
-#[test]
-fn a_pruned_row_in_a_mixed_batch_equals_its_solo_run_in_any_chunks() {
-    let folder = write(|_| false);
-    let mut model = load(folder.path(), &LoadOptions::default()).unwrap().model;
+fn a_pruned_row_in_a_mixed_batch_equals_its_solo_run_in_any_chunks(place: Place) {
+    let folder = write_for_joint_steps(|_| false);
+    let mut model = place.load(folder.path());
     let plans = [Plan::dense(LAYERS), compile(0.5, 8, 0), compile(0.5, 32, 2)];
     let mut runner = Runner::new(model.as_mut(), plans.len(), PROMPT + OUTPUT).unwrap();
     let together = run(&mut runner, &plans, PROMPT);
     for (plan, logits) in plans.iter().zip(&together) {
-        assert_eq!(run(&mut runner, std::slice::from_ref(plan), PROMPT)[0], *logits);
+        let alone = run(&mut runner, std::slice::from_ref(plan), PROMPT);
+        place.assert_same(&alone[0], logits, (BF16, "alone"));
         let chunked = run(&mut runner, std::slice::from_ref(plan), 16);
-        assert_eq!(chunked[0][PROMPT.div_ceil(16) - 1..], logits[..]);
+        place.assert_same(&chunked[0][PROMPT.div_ceil(16) - 1..], logits, (BF16, "in chunks"));
     }
     // The prompt itself ran whole: pruning shows from the first output token on.
     assert_eq!(together[0][0], together[1][0]);
     assert_ne!(together[0][1], together[1][1]);
 }
 
-#[test]
-fn teacher_forcing_equals_decoding() {
-    let folder = write(|_| false);
-    let mut model = load(folder.path(), &LoadOptions::default()).unwrap().model;
+fn teacher_forcing_equals_decoding(place: Place) {
+    let folder = write_for_joint_steps(|_| false);
+    let mut model = place.load(folder.path());
     let mut runner = Runner::new(model.as_mut(), 1, PROMPT + OUTPUT).unwrap();
     let plan = compile(0.5, 8, 0);
     let decoded = run(&mut runner, std::slice::from_ref(&plan), PROMPT).remove(0);
     let mut taught = Vec::new();
     runner.teach_from(&plan, (&tokens(), PROMPT - 1), |_, logits| taught.push(logits.to_vec())).unwrap();
-    assert_eq!(taught, decoded);
+    place.assert_same(&taught, &decoded, (BF16, "taught"));
 }
 
-#[test]
-fn nothing_is_pruned_at_ratio_0_or_of_a_prompt_within_the_recent_window() {
+fn nothing_is_pruned_at_ratio_0_or_of_a_prompt_within_the_recent_window(place: Place) {
     assert_eq!(compile(0.0, 8, 0).kv_demand(), Plan::dense(LAYERS).kv_demand());
     assert!(compile(0.5, PROMPT, 0).pruning().is_none());
-    let folder = write(|_| false);
-    let mut model = load(folder.path(), &LoadOptions::default()).unwrap().model;
+    let folder = write_for_joint_steps(|_| false);
+    let mut model = place.load(folder.path());
     let mut runner = Runner::new(model.as_mut(), 1, PROMPT + OUTPUT).unwrap();
     let dense = run(&mut runner, &[Plan::dense(LAYERS)], PROMPT);
     for (ratio, recent) in [(0.0, 8), (0.5, PROMPT), (0.5, PROMPT - 15)] {
