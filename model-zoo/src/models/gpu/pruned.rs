@@ -46,20 +46,17 @@ impl Pruned {
             }
             let wrong = |what: String| ZooError::Step(format!("row {index}: {what}"));
             check(keys, row, layout).map_err(wrong)?;
-            Ok(Some(Prefix { slots, kept: keys.kept, channels: self.channels_of(device, keys, layout)? }))
+            let channels = match self.channels.entry(Arc::as_ptr(keys).addr()) {
+                Entry::Occupied(own) => own.into_mut(),
+                // There are thousands of them, which do not change: they are looked at when they are brought.
+                Entry::Vacant(room) => {
+                    check_channels(keys, layout).map_err(wrong)?;
+                    room.insert((Arc::downgrade(keys), upload_channels(device, keys, layout)?))
+                }
+            };
+            Ok(Some(Prefix { slots, kept: keys.kept, channels: Part::all(&channels.1) }))
         };
         batch.rows.iter().enumerate().map(of_row).collect()
-    }
-
-    fn channels_of(&mut self, device: &dyn Device, keys: &Arc<PrunedKeys>, layout: KvLayout) -> Result<Part> {
-        let (_, buffer) = match self.channels.entry(Arc::as_ptr(keys).addr()) {
-            Entry::Occupied(own) => own.into_mut(),
-            Entry::Vacant(room) => {
-                let buffer = upload_channels(device, keys, layout)?;
-                room.insert((Arc::downgrade(keys), buffer))
-            }
-        };
-        Ok(Part::all(buffer))
     }
 
     /// Makes room for the sums of `rows` rows of a model of so many layers, zeros.
@@ -141,22 +138,26 @@ fn sealed<'a>(row: &'a StepRow<'_>) -> Option<(&'a Pruning, &'a Arc<PrunedKeys>)
     row.plan.pruning().zip(keys)
 }
 
-/// What does not fit, as a sentence's end.
+/// What of the keys does not fit a row, as a sentence's end.
 fn check(keys: &PrunedKeys, row: &StepRow<'_>, layout: KvLayout) -> Result<(), String> {
-    let KvLayout { num_kv_heads, head_dim, .. } = layout;
-    if !keys.kept.is_multiple_of(8) || keys.kept > head_dim {
-        return Err(format!("{} channels of {head_dim} are no kept ones", keys.kept));
-    }
-    let all = num_kv_heads * keys.kept;
+    let all = layout.num_kv_heads * keys.kept;
     let fits = |(layer, &len): (usize, &usize)| {
         len == 0 || keys.channels.get(layer).is_some_and(|channels| channels.len() == all)
     };
-    let outside = |&channel: &u8| usize::from(channel) >= head_dim;
-    if !row.kv_len.iter().enumerate().all(fits) || keys.channels.iter().flatten().any(outside) {
-        return Err("the channels of its packed keys are not of this model".into());
-    }
-    Ok(())
+    if row.kv_len.iter().enumerate().all(fits) { Ok(()) } else { Err(OF_ANOTHER.into()) }
 }
+
+/// What of their channels no row can have, as a sentence's end.
+fn check_channels(keys: &PrunedKeys, layout: KvLayout) -> Result<(), String> {
+    let head_dim = layout.head_dim;
+    if !keys.kept.is_multiple_of(8) || keys.kept > head_dim {
+        return Err(format!("{} channels of {head_dim} are no kept ones", keys.kept));
+    }
+    let outside = |&channel: &u8| usize::from(channel) >= head_dim;
+    if keys.channels.iter().flatten().any(outside) { Err(OF_ANOTHER.into()) } else { Ok(()) }
+}
+
+const OF_ANOTHER: &str = "the channels of its packed keys are not of this model";
 
 /// The channels of all layers, `[layers, num_kv_heads, kept]`; those of layers that have none are not looked at.
 ///
