@@ -79,7 +79,7 @@ pub(crate) fn main(options: &Options) -> Result<(), String> {
 fn measure((shape, sizes): (&Shape, Sizes), target: &Target, options: &Options) -> model_zoo::Result<()> {
     let batches = &options.batches;
     let most = batches.iter().copied().max().unwrap_or(1).max(1);
-    let config = shape.config();
+    let config = shape.sizes.config();
     let mut weights = RandomWeights::of(&config, 0.02);
     let mut kind = options.levels.map_or("bf16".into(), |levels| format!("{levels} levels"));
     if let Some(quantized) = options.quantized.map(Quantized::dtype) {
@@ -140,6 +140,7 @@ mod tests {
     use std::sync::Arc;
 
     use model_zoo::kernels::cuda::emulated::{Emulated, Order};
+    use model_zoo::weights::LlamaShape;
 
     use super::*;
 
@@ -154,13 +155,13 @@ mod tests {
             [(40, None, None), (64, None, None), (64, Some(3), None), (64, None, q8)]
         {
             let (hidden, heads, head_dim) = (32, [4, 2], 32);
-            let shape =
-                Shape { name: "tiny", hidden, ffn, layers: 4, heads, head_dim, vocab: 50, tied: true, goals };
-            let mut weights = RandomWeights::of(&shape.config(), 0.1);
+            let llama = LlamaShape { hidden, ffn, layers: 4, heads, head_dim, vocab: 50, tied: true };
+            let shape = Shape { name: "tiny", sizes: llama, goals };
+            let mut weights = RandomWeights::of(&shape.sizes.config(), 0.1);
             if let Some(dtype) = quantized {
                 weights = weights.quantized(dtype);
             }
-            let model = build(shape.config(), (&weights, levels), &target).unwrap();
+            let model = build(shape.sizes.config(), (&weights, levels), &target).unwrap();
             bytes.push(model.dims().weight_bytes);
             let mut bench = Bench::new(model, 3, sizes).unwrap();
             for batch in [1, 3] {

@@ -9,7 +9,7 @@ use super::shape::{SKIP_HORIZON, Shape};
 
 /// Decode of one row by plans that leave work out: how much faster than dense, beside how many fewer bytes they read.
 pub(super) fn compare(shape: &Shape, bench: &mut Bench, target: &Target) -> model_zoo::Result<()> {
-    let dense = Plan::dense(shape.layers);
+    let dense = Plan::dense(shape.sizes.layers);
     let (seconds, _) = bench.decode(1, target)?;
     let bytes = |plan: &Plan, sizes: Sizes| {
         let first = sizes.context + sizes.warm;
@@ -47,7 +47,7 @@ pub(super) fn skip_ffns(shape: &Shape, bench: &mut Bench, target: &Target) -> mo
     let tokens = (bench.sizes.warm + bench.sizes.steps) as f64;
     let left_out = bench.states[0].ffns_skipped as f64 / tokens;
     let whole = shape.bytes(&bench.plan, bench.sizes.context);
-    let predicted = whole / (whole - left_out * 2.0 * (3 * shape.hidden * shape.ffn) as f64);
+    let predicted = whole / (whole - left_out * 2.0 * (3 * shape.sizes.hidden * shape.sizes.ffn) as f64);
     let joules = shown(joules);
     let (name, ms, realised) = (shape.name, 1e3 * seconds, dense / seconds);
     let share = realised / predicted;
@@ -75,7 +75,7 @@ pub(super) fn prune_keys(
     let joules = shown(joules);
     let (name, ms, ratio) = (shape.name, 1e3 * seconds, seconds / dense);
     // Of the sequence that has no room for a longer prompt, and without the room for tokens to come.
-    let held = (bench.sizes.context.div_ceil(BLOCK_SIZE) * shape.layers) as f64;
+    let held = (bench.sizes.context.div_ceil(BLOCK_SIZE) * shape.sizes.layers) as f64;
     let more = held / (held - (all - pages(bench))) - 1.0;
     println!(
         "| {name} | ThinK 0.4, decode of {batch} | {ms:.3} ms, {ratio:.3} of dense; {:.1}% more sequences | {joules} | \

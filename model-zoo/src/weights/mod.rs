@@ -14,7 +14,7 @@ use std::borrow::Cow;
 pub use candle_core::quantized::GgmlDType;
 
 use crate::Result;
-pub use random::RandomWeights;
+pub use random::{LlamaShape, RandomWeights};
 
 /// A tensor as stored: element type, shape, little-endian bytes.
 #[derive(Debug, Clone)]

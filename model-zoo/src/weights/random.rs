@@ -7,11 +7,58 @@ use half::{bf16, f16};
 
 use super::blocks::BlockFormat;
 use super::{RawTensor, WeightSource};
-use crate::config::DecoderConfig;
+use crate::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
 use crate::{Result, ZooError};
 
 /// Values that repeat: large beside any cache.
 const BLOCK: usize = (16 << 20) + 7;
+
+/// The sizes of a plain Llama.
+#[derive(Debug, Clone, Copy)]
+pub struct LlamaShape {
+    /// Channels of the residual stream.
+    pub hidden: usize,
+    /// Channels of the FFN.
+    pub ffn: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Query and KV heads.
+    pub heads: [usize; 2],
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens.
+    pub vocab: usize,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+}
+
+impl LlamaShape {
+    /// A model of these sizes, of 8,192 positions.
+    pub fn config(&self) -> DecoderConfig {
+        DecoderConfig {
+            architecture: "llama".into(),
+            hidden_size: self.hidden,
+            intermediate_size: self.ffn,
+            num_layers: self.layers,
+            num_heads: self.heads[0],
+            num_kv_heads: self.heads[1],
+            head_dim: self.head_dim,
+            vocab_size: self.vocab,
+            max_context: 8192,
+            rms_norm_eps: 1e-5,
+            rope: RopeConfig { theta: 500_000.0, scaling: RopeScaling::None },
+            rope_style: RopeStyle::Half,
+            sliding_window: None,
+            activation: Activation::Silu,
+            qk_norm: false,
+            sandwich_norms: false,
+            norm_offset: 0.0,
+            embedding_scale: 1.0,
+            attention_scale: 1.0 / (self.head_dim as f32).sqrt(),
+            tie_word_embeddings: self.tied,
+        }
+    }
+}
 
 /// Noise in the shapes of a decoder without biases, bf16 or quantized; norms are 1.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
-use model_zoo::config::{Activation, DecoderConfig, RopeConfig, RopeScaling, RopeStyle};
+use model_zoo::config::DecoderConfig;
 use model_zoo::kernels::cuda::device::Device;
 use model_zoo::kernels::cuda::emulated::{Emulated, Order};
 use model_zoo::kernels::cuda::fused::fuses;
@@ -15,7 +15,7 @@ use model_zoo::loader::{LoadOptions, Target, build_on, load};
 use model_zoo::models::{CausalLm, Draw};
 use model_zoo::step::LogitRows;
 use model_zoo::vision::{ImageEmbeddings, PromptImage};
-use model_zoo::weights::RandomWeights;
+use model_zoo::weights::{LlamaShape, RandomWeights};
 
 use crate::support::{BLOCK_SIZE, Chunk, Runner, Sequence, fixtures};
 use crate::tiny::{LAYERS, write};
@@ -125,28 +125,7 @@ pub(crate) fn llama(
     heads: [usize; 2],
     head_dim: usize,
 ) -> DecoderConfig {
-    DecoderConfig {
-        architecture: "llama".into(),
-        hidden_size: hidden,
-        intermediate_size: ffn,
-        num_layers: layers,
-        num_heads: heads[0],
-        num_kv_heads: heads[1],
-        head_dim,
-        vocab_size: 263,
-        max_context: 1024,
-        rms_norm_eps: 1e-5,
-        rope: RopeConfig { theta: 10_000.0, scaling: RopeScaling::None },
-        rope_style: RopeStyle::Half,
-        sliding_window: None,
-        activation: Activation::Silu,
-        qk_norm: false,
-        sandwich_norms: false,
-        norm_offset: 0.0,
-        embedding_scale: 1.0,
-        attention_scale: 1.0 / (head_dim as f32).sqrt(),
-        tie_word_embeddings: true,
-    }
+    LlamaShape { hidden, ffn, layers, heads, head_dim, vocab: 263, tied: true }.config()
 }
 
 #[test]
