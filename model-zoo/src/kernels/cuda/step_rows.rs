@@ -32,6 +32,8 @@ pub struct Prefix {
     pub slots: usize,
     /// Channels kept of their keys.
     pub kept: usize,
+    /// Pages that packing saves in each layer.
+    pub saved: usize,
     /// Where the channels lie on the device, `[layers, num_kv_heads, kept]` u8.
     pub channels: Part,
 }
@@ -50,9 +52,15 @@ pub struct Pages<'a> {
 impl Pages<'_> {
     /// Pages that packing saves a row in a layer.
     pub(super) fn saved(&self, row: usize, kv_len: usize) -> usize {
-        let Some(prefix) = self.prefixes[row].filter(|prefix| kv_len >= prefix.slots) else { return 0 };
-        let packed = PackedLayout { layout: self.layout, kept: prefix.kept };
-        (prefix.slots / self.layout.block_size).saturating_sub(packed.num_pages(prefix.slots))
+        self.prefixes[row].filter(|prefix| kv_len >= prefix.slots).map_or(0, |prefix| prefix.saved)
+    }
+}
+
+impl Prefix {
+    /// `slots` slots, whole pages' worth, whose keys keep `kept` channels, which lie at `channels`.
+    pub fn new(slots: usize, (kept, channels): (usize, Part), layout: KvLayout) -> Self {
+        let packed = PackedLayout { layout, kept }.num_pages(slots);
+        Self { slots, kept, saved: (slots / layout.block_size).saturating_sub(packed), channels }
     }
 }
 

@@ -289,11 +289,11 @@ impl StepTables {
                 self.words[starts + place] = self.pages.start((index, layer), layers).wrapping_sub(saved);
             }
             if let Some(prefix) = pages.prefixes[index] {
-                let (address, saved) = (prefix.channels.address(), pages.saved(index, prefix.slots));
+                let address = prefix.channels.address();
                 let words = [address as u32, (address >> 32) as u32, prefix.slots as u32, prefix.kept as u32];
                 let at = self.packed_at() + PACKED_BYTES / 4 * index;
                 self.words[at..at + 4].copy_from_slice(&words);
-                self.words[at + 4] = saved as u32;
+                self.words[at + 4] = prefix.saved as u32;
             }
         }
     }

@@ -54,7 +54,7 @@ impl Pruned {
                     room.insert((Arc::downgrade(keys), upload_channels(device, keys, layout)?))
                 }
             };
-            Ok(Some(Prefix { slots, kept: keys.kept, channels: Part::all(&channels.1) }))
+            Ok(Some(Prefix::new(slots, (keys.kept, Part::all(&channels.1)), layout)))
         };
         batch.rows.iter().enumerate().map(of_row).collect()
     }
