@@ -204,6 +204,15 @@ pub enum Operand<'a> {
 }
 
 impl Operand<'_> {
+    /// The same without its bias.
+    pub fn without_bias(mut self) -> Self {
+        match &mut self {
+            Self::Dense(matrix) => matrix.bias = Part::NONE,
+            Self::Quantized(matrix) => matrix.bias = Part::NONE,
+        }
+        self
+    }
+
     /// The memory and the number of the format of a matrix that is all of one.
     pub(super) fn table(&self) -> Result<(Part, u32)> {
         match self {

@@ -7,10 +7,8 @@ use crate::compression::Sublayer;
 use crate::kernels::cuda::device::{Output, Part};
 use crate::kernels::cuda::ffn::Skips;
 use crate::kernels::cuda::ops::{
-    After, Matrix, Norm, Places, SKINNY_TOKENS, Tokens, activate_rows, add_rows, place_rows, product,
-    rms_norm, skinny,
+    After, Matrix, Norm, Places, Tokens, activate_rows, add_rows, place_rows, product,
 };
-use crate::kernels::cuda::quantized::few;
 
 impl GpuDecoder {
     /// `x += o(attention(norm(x)))`, writing K and V of the layer's tokens.
@@ -25,11 +23,8 @@ impl GpuDecoder {
         let norms = weights.qk_norm.as_ref().map(|norms| norms.each_ref().map(|norm| self.norm(norm)));
         if let Some(qkv) = self.in_levels(&weights.qkv) {
             self.place_by_levels(qkv, (tokens, norm), (norms, &attention.places))?;
-        } else if let Some(qkv) = self.few_quantized(&weights.qkv, tokens) {
-            self.place_quantized(&qkv, (tokens, norm), (norms, &attention.places))?;
         } else {
-            let qkv = self.whole(&weights.qkv)?;
-            self.place(&qkv, (tokens, norm), (norms, &attention.places))?;
+            self.place(&weights.qkv, (tokens, norm), (norms, &attention.places))?;
         }
         self.pruned.observe(device, (attention.places.q, step.heads), (&self.tables, layer))?;
         let [single, several] = self.tables.items(layer)?;
@@ -42,23 +37,25 @@ impl GpuDecoder {
     /// The joint Q, K and V product of `norm(x)`, its heads normed and turned, to where it belongs.
     fn place(
         &self,
-        qkv: &Matrix,
+        qkv: &Linear,
         (tokens, norm): (Tokens, Norm),
         (norms, places): (Option<[Norm; 2]>, &Places),
     ) -> Result<()> {
-        let (device, x, wide) = (&*self.device, Part::all(&self.scratch.x), Part::all(&self.scratch.wide));
-        let few = tokens.count <= SKINNY_TOKENS;
+        let (x, wide) = (Part::all(&self.scratch.x), Part::all(&self.scratch.wide));
+        let input = (x, tokens, Some(norm));
+        let few = qkv.are_few(tokens);
         if few && norms.is_none() {
-            return skinny(device, qkv, (x, tokens, Some(norm)), After::Place(*places));
+            return self.few(&qkv.operand()?, input, After::Place(*places));
         }
         let bias = if few {
-            skinny(device, qkv, (x, tokens, Some(norm)), After::Half(wide))?;
+            self.few(&qkv.operand()?, input, After::Half(wide))?;
             Part::NONE
         } else {
-            self.normed_product(qkv, (tokens, norm), (wide, Output::Half))?;
+            let qkv = self.whole(qkv)?;
+            self.normed_product(&qkv, (tokens, norm), (wide, Output::Half))?;
             qkv.bias
         };
-        place_rows(device, (wide, bias, tokens), norms, places)
+        place_rows(&*self.device, (wide, bias, tokens), norms, places)
     }
 
     /// `x += down(act(gate(norm(x))) · up(norm(x)))`, but for tokens that leave it out.
@@ -91,11 +88,9 @@ impl GpuDecoder {
         }
         if let Some(gate_up) = self.in_levels(&weights.gate_up) {
             self.gate_by_levels(gate_up, (tokens, norm), (gated, activation))?;
-        } else if let Some(gate_up) = self.few_quantized(&weights.gate_up, tokens) {
-            self.gate_quantized(&gate_up, (tokens, norm), (gated, activation))?;
-        } else if tokens.count <= SKINNY_TOKENS {
-            let (x, gate_up) = (Part::all(&scratch.x), self.whole(&weights.gate_up)?);
-            skinny(device, &gate_up, (x, tokens, Some(norm)), After::Gate(gated, activation))?;
+        } else if weights.gate_up.are_few(tokens) {
+            let (x, gate_up) = (Part::all(&scratch.x), weights.gate_up.operand()?);
+            self.few(&gate_up, (x, tokens, Some(norm)), After::Gate(gated, activation))?;
         } else {
             let gate_up = self.whole(&weights.gate_up)?;
             let wide = Part::all(&scratch.wide);
@@ -106,7 +101,7 @@ impl GpuDecoder {
     }
 
     /// Whether what a sublayer adds goes straight to the residual stream.
-    pub(super) fn adds_at_once(&self, post: Option<&Norm>) -> bool {
+    fn adds_at_once(&self, post: Option<&Norm>) -> bool {
         post.is_none() && self.device.shard().size == 1
     }
 
@@ -117,27 +112,22 @@ impl GpuDecoder {
         (tokens, norm): (Tokens, Norm),
         out: (Part, Output),
     ) -> Result<()> {
-        let normed = Part::all(&self.scratch.normed);
-        rms_norm(&*self.device, (Part::all(&self.scratch.x), tokens), norm, normed)?;
+        let normed = self.normed(tokens, norm)?;
         product(&*self.device, matrix, (normed, tokens.count), out)
     }
 
-    /// `out = matrix · norm(x)`, f32, of any number of tokens.
+    /// `out = matrix · norm(x)`, f32, of any number of tokens; of codes there is no room to make the head whole.
     pub(super) fn product_of_normed(
         &self,
         linear: &Linear,
         (tokens, norm): (Tokens, Norm),
         out: Part,
     ) -> Result<()> {
-        if let Some(quantized) = linear.quantized() {
-            return few(&*self.device, &quantized, (self.normed(tokens, norm)?, tokens), After::Float(out));
-        }
-        let matrix = &self.whole(linear)?;
-        if tokens.count <= SKINNY_TOKENS {
+        if linear.is_quantized() || linear.are_few(tokens) {
             let x = Part::all(&self.scratch.x);
-            return skinny(&*self.device, matrix, (x, tokens, Some(norm)), After::Float(out));
+            return self.few(&linear.operand()?, (x, tokens, Some(norm)), After::Float(out));
         }
-        self.normed_product(matrix, (tokens, norm), (out, Output::Float))
+        self.normed_product(&self.whole(linear)?, (tokens, norm), (out, Output::Float))
     }
 
     /// `x += post(matrix · input)`, summed over the devices that share the model.
@@ -145,33 +135,28 @@ impl GpuDecoder {
         if let Some(linear) = self.in_levels(linear) {
             return self.project_by_levels(linear, (input, tokens), post);
         }
-        if let Some(quantized) = self.few_quantized(linear, tokens) {
-            return self.project_quantized(&quantized, (input, tokens), post);
-        }
-        let matrix = &self.whole(linear)?;
         let (device, x) = (&*self.device, Part::all(&self.scratch.x));
-        let few = tokens.count <= SKINNY_TOKENS;
-        let width = matrix.rows;
+        let (width, bias) = (linear.rows, linear.bias());
+        let few = linear.are_few(tokens);
         if self.adds_at_once(post.as_ref()) {
             if few {
-                return skinny(device, matrix, (input, tokens, None), After::Add(x));
+                return self.few(&linear.operand()?, (input, tokens, None), After::Add(x));
             }
             if tokens.index.is_empty() {
-                product(device, matrix, (input, tokens.count), (x, Output::Add))?;
-                if !matrix.bias.is_empty() {
-                    add_rows(device, (Part::NONE, matrix.bias, None), (x, tokens), width)?;
+                product(device, &self.whole(linear)?, (input, tokens.count), (x, Output::Add))?;
+                if !bias.is_empty() {
+                    add_rows(device, (Part::NONE, bias, None), (x, tokens), width)?;
                 }
                 return Ok(());
             }
         }
         let sum = Part::all(&self.scratch.sum).slice(0, 4 * tokens.count * width)?;
-        let plain = Matrix { bias: Part::NONE, ..*matrix };
         if few {
-            skinny(device, &plain, (input, tokens, None), After::Float(sum))?;
+            self.few(&linear.operand()?.without_bias(), (input, tokens, None), After::Float(sum))?;
         } else {
-            product(device, &plain, (input, tokens.count), (sum, Output::Float))?;
+            product(device, &self.whole(linear)?, (input, tokens.count), (sum, Output::Float))?;
         }
         device.all_reduce(sum)?;
-        add_rows(device, (sum, matrix.bias, post), (x, tokens), width)
+        add_rows(device, (sum, bias, post), (x, tokens), width)
     }
 }

@@ -97,7 +97,7 @@ impl GpuDecoder {
             .map_or([1; 2], |layer| [count([&layer.qkv, &layer.o]), count([&layer.gate_up, &layer.down])]);
         let dims = ModelDims::of(&config, weight_bytes, sublayer_weights);
         let whole = weights.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let whole = whole.filter(|l| matches!(l.weight, Weight::Quantized { .. })).map(|l| l.rows * l.cols);
+        let whole = whole.filter(|l| l.is_quantized()).map(|l| l.rows * l.cols);
         let whole = device.alloc(2 * whole.max().unwrap_or(0))?;
         Ok(Self {
             scratch: Scratch::new((&*device, whole), &config, (weights.heads, weights.ffn))?,

@@ -1,33 +1,45 @@
-//! Products with quantized weights, and what comes before and after them.
+//! Products with matrices in one piece, in bf16 or in codes, and these made whole.
 //!
-//! Up to [`QUANTIZED_TOKENS`] tokens take the codes as they are; of more the matrix is made whole in bf16 and multiplied by
-//! cuBLASLt, as matrices are that lie so.
+//! Few tokens are multiplied, and what follows is done, by one kernel: up to [`SKINNY_TOKENS`] with weights in bf16, up to
+//! [`QUANTIZED_TOKENS`] with codes. Of more a quantized matrix is made whole in bf16 and multiplied by cuBLASLt, as matrices
+//! are that lie so.
 
-use super::{GpuDecoder, Linear};
+use super::{GpuDecoder, Linear, Weight};
 use crate::Result;
-use crate::config::Activation;
 use crate::kernels::cuda::device::Part;
-use crate::kernels::cuda::ops::{After, Matrix, Norm, Places, Tokens, add_rows, place_rows};
-use crate::kernels::cuda::quantized::{Operand, QUANTIZED_TOKENS, Quantized, few, whole};
+use crate::kernels::cuda::ops::{After, Matrix, Norm, SKINNY_TOKENS, Tokens, skinny};
+use crate::kernels::cuda::quantized::{Operand, QUANTIZED_TOKENS, few, whole};
 
 impl Linear {
     pub(super) fn bias(&self) -> Part {
         self.bias.as_ref().map_or(Part::NONE, Part::all)
     }
 
-    /// Its codes, where it is quantized.
-    pub(super) fn quantized(&self) -> Option<Quantized<'_>> {
-        match self.operand() {
-            Ok(Operand::Quantized(quantized)) => Some(quantized),
-            _ => None,
-        }
+    pub(super) fn is_quantized(&self) -> bool {
+        matches!(self.weight, Weight::Quantized { .. })
+    }
+
+    /// Whether so many tokens are few.
+    pub(super) fn are_few(&self, tokens: Tokens) -> bool {
+        tokens.count <= if self.is_quantized() { QUANTIZED_TOKENS } else { SKINNY_TOKENS }
     }
 }
 
 impl GpuDecoder {
-    /// `linear`, where it is quantized and `tokens` are so few that codes are multiplied.
-    pub(super) fn few_quantized<'a>(&self, linear: &'a Linear, tokens: Tokens) -> Option<Quantized<'a>> {
-        linear.quantized().filter(|_| tokens.count <= QUANTIZED_TOKENS)
+    /// The product of `matrix` with few tokens, of the stream where it is normed or else of dense rows, and what follows.
+    pub(super) fn few(
+        &self,
+        matrix: &Operand<'_>,
+        (x, tokens, norm): (Part, Tokens, Option<Norm>),
+        after: After,
+    ) -> Result<()> {
+        match (matrix, norm) {
+            (Operand::Dense(matrix), _) => skinny(&*self.device, matrix, (x, tokens, norm), after),
+            (Operand::Quantized(matrix), Some(norm)) => {
+                few(&*self.device, matrix, (self.normed(tokens, norm)?, tokens), after)
+            }
+            (Operand::Quantized(matrix), None) => few(&*self.device, matrix, (x, tokens), after),
+        }
     }
 
     /// `linear` in bf16: itself, or in scratch memory until the next one is made whole.
@@ -40,50 +52,5 @@ impl GpuDecoder {
                 Ok(Matrix { weight, bias: quantized.bias, rows: linear.rows, cols: linear.cols })
             }
         }
-    }
-
-    /// The joint Q, K and V product of `norm(x)`, its heads normed and turned, to where it belongs.
-    pub(super) fn place_quantized(
-        &self,
-        qkv: &Quantized<'_>,
-        (tokens, norm): (Tokens, Norm),
-        (norms, places): (Option<[Norm; 2]>, &Places),
-    ) -> Result<()> {
-        let input = (self.normed(tokens, norm)?, tokens);
-        if norms.is_none() {
-            return few(&*self.device, qkv, input, After::Place(*places));
-        }
-        let wide = Part::all(&self.scratch.wide);
-        few(&*self.device, qkv, input, After::Half(wide))?;
-        place_rows(&*self.device, (wide, Part::NONE, tokens), norms, places)
-    }
-
-    /// `gated = act(gate(norm(x))) · up(norm(x))`
-    pub(super) fn gate_quantized(
-        &self,
-        gate_up: &Quantized<'_>,
-        (tokens, norm): (Tokens, Norm),
-        (gated, activation): (Part, Activation),
-    ) -> Result<()> {
-        let normed = self.normed(tokens, norm)?;
-        few(&*self.device, gate_up, (normed, tokens), After::Gate(gated, activation))
-    }
-
-    /// `x += post(matrix · input)`, summed over the devices that share the model.
-    pub(super) fn project_quantized(
-        &self,
-        matrix: &Quantized<'_>,
-        (input, tokens): (Part, Tokens),
-        post: Option<Norm>,
-    ) -> Result<()> {
-        let (device, x) = (&*self.device, Part::all(&self.scratch.x));
-        if self.adds_at_once(post.as_ref()) {
-            return few(device, matrix, (input, tokens), After::Add(x));
-        }
-        let width = matrix.rows();
-        let sum = Part::all(&self.scratch.sum).slice(0, 4 * tokens.count * width)?;
-        few(device, &Quantized { bias: Part::NONE, ..*matrix }, (input, tokens), After::Float(sum))?;
-        device.all_reduce(sum)?;
-        add_rows(device, (sum, matrix.bias, post), (x, tokens), width)
     }
 }
