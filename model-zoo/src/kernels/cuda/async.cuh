@@ -33,6 +33,15 @@ DEVICE uint32_t tile_place(uint32_t r, uint32_t c) {
     return (c / 64 * 16 + r) * 64 + (c % 64 / 8 ^ r % 8) * 8 + c % 8;
 }
 
+#ifdef __CUDACC__
+// Of what is read once, which makes room first: all else that a step reads stays in the second cache.
+DEVICE uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+#endif
+
 // A barrier in the block's memory: a phase ends when `count` threads have arrived and the bytes that they announced have
 // been copied.
 struct Barrier {
@@ -100,18 +109,16 @@ struct Barrier {
         emulate::barrier_copied(state, bytes);
 #endif
     }
-    // The same of what is read once: it makes room in the second cache first.
+    // The same of what is read once.
     DEVICE void copy_once(void *to, const void *from, uint32_t bytes) {
 #ifdef BEFORE_HOPPER
         __trap();
 #elif defined(__CUDACC__)
         const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-        uint64_t policy;
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
                 "r"(shared),
-            "l"(from), "r"(bytes), "r"(address()), "l"(policy)
+            "l"(from), "r"(bytes), "r"(address()), "l"(evict_first())
             : "memory");
 #else
         copy(to, from, bytes);
@@ -124,13 +131,10 @@ struct Barrier {
         __trap();
 #elif defined(__CUDACC__)
         const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-        // What is read once makes room first: all else that a step reads stays in the second cache.
-        uint64_t policy;
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         asm volatile(
             "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
             "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
-            "l"(matrix.map), "r"(0), "r"(row), "r"(group), "r"(address()), "l"(policy)
+            "l"(matrix.map), "r"(0), "r"(row), "r"(group), "r"(address()), "l"(evict_first())
             : "memory");
 #else
         for (uint32_t r = 0; r < 16; r++)
