@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use model_zoo::compression::options::{DropLayers, Region, SkipDecode};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::config::DecoderConfig;
@@ -18,7 +17,7 @@ use model_zoo::vision::{ImageEmbeddings, PromptImage};
 use model_zoo::weights::{LlamaShape, RandomWeights};
 
 use crate::support::{BLOCK_SIZE, Chunk, Runner, Sequence, fixtures};
-use crate::tiny::{LAYERS, write};
+use crate::tiny::{LAYERS, calibration, write};
 
 /// An emulated device of either order; the machine's GPU where `RHEOSTAT_TEST_GPU` asks for it.
 pub(crate) fn device(index: usize) -> Arc<dyn Device> {
@@ -182,13 +181,7 @@ fn steps_of_many_rows_are_captured_and_equal_the_cpus() {
 }
 
 pub(crate) fn compile(options: &CompressionOptions) -> Plan {
-    let calibration = Calibration {
-        attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
-        ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
-        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
-        ..Calibration::default()
-    };
-    let offer = Offer { calibration: Some(calibration), ..Offer::default() };
+    let offer = Offer { calibration: Some(calibration()), ..Offer::default() };
     let context = Context {
         num_layers: LAYERS,
         head_dim: 16,

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use model_zoo::compression::{CompressionOptions, Context, Offer, Plan, RowState, registry};
 use model_zoo::config::{DecoderConfig, SlidingWindow};
 use model_zoo::kernels::cuda::device::Device;
@@ -18,7 +17,7 @@ use tempfile::TempDir;
 use crate::bitstack::{BLOCKS, artefact, summed};
 use crate::gpu::{device, error, llama, on, tokens};
 use crate::support::{Chunk, Runner};
-use crate::tiny::{LAYERS, write};
+use crate::tiny::{LAYERS, calibration, write};
 
 /// Tokens after the prompt.
 const OUTPUT: usize = 12;
@@ -62,13 +61,7 @@ fn text(seed: u32, len: usize, options: &str) -> Asked {
 /// Text of these lengths around the images.
 fn asked(seed: u32, images: &[Arc<ImageEmbeddings>], (text, options): ([usize; 3], &str)) -> Asked {
     let options: CompressionOptions = serde_json::from_str(options).unwrap();
-    let calibration = Calibration {
-        attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
-        ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
-        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
-        ..Calibration::default()
-    };
-    let offer = Offer { calibration: Some(calibration), ..Offer::default() };
+    let offer = Offer { calibration: Some(calibration()), ..Offer::default() };
     let images = registry::prepare(&options, &offer, images.to_vec()).unwrap();
     let (mut at, mut placed) = (0, Vec::new());
     for (index, len) in text.into_iter().enumerate() {

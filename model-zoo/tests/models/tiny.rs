@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use tempfile::TempDir;
 
 use crate::support::fixtures;
@@ -75,5 +76,15 @@ fn copy_tokenizer(source: &Path, target: &Path) {
         if name.to_string_lossy().contains("tokenizer") {
             std::fs::copy(file.path(), target.join(name)).unwrap();
         }
+    }
+}
+
+/// Similarities that put attention in the order 3, 1, 4, 2, … and FFNs in the order 2, 4, 3, 1, …
+pub(crate) fn calibration() -> Calibration {
+    Calibration {
+        attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
+        ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
+        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
+        ..Calibration::default()
     }
 }

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use model_zoo::compression::calibration::{Calibration, FfnCalibration};
 use model_zoo::compression::options::{
     BitStack, DropLayers, FfnSelection, FfnSkip, Region, SkipDecode, Vision, VisionBaseline,
 };
@@ -12,7 +11,7 @@ use model_zoo::vision::{EncodedImage, ImageEmbeddings, PromptImage};
 use tempfile::TempDir;
 
 use crate::stacked::write_artefact;
-use crate::tiny::{LAYERS, write_for_joint_steps};
+use crate::tiny::{LAYERS, calibration, write_for_joint_steps};
 
 pub(super) const PROMPT: [u32; 21] =
     [5, 9, 200, 31, 7, 7, 81, 14, 3, 99, 120, 44, 61, 8, 250, 17, 23, 42, 4, 190, 66];
@@ -32,15 +31,9 @@ pub(super) fn images(options: &CompressionOptions) -> Vec<PromptImage> {
     prepared.into_iter().map(|embeddings| PromptImage { start: 3, embeddings }).collect()
 }
 
-/// Similarities that put attention in the order 3, 1, 4, 2, … and FFNs in the order 2, 4, 3, 1, …
+/// What the tiny model offers, and levels of its artefact.
 pub(super) fn offer() -> Offer {
-    let calibration = Calibration {
-        attention_similarity: vec![0.99, 0.8, 0.6, 0.9, 0.7, 0.99],
-        ffn_similarity: vec![0.1, 0.5, 0.85, 0.65, 0.75, 0.2],
-        ffn_skip: FfnCalibration { first_layer: 1, end_layer: 5, thresholds: Vec::new() },
-        ..Calibration::default()
-    };
-    Offer { calibration: Some(calibration), levels: Some(LEVELS), ..Offer::default() }
+    Offer { calibration: Some(calibration()), levels: Some(LEVELS), ..Offer::default() }
 }
 
 /// A folder with the tiny model, and the paths of its two forms: whole, and in levels.
